@@ -1,0 +1,14 @@
+"""Pure functions of arrays: attention over space with relative positions, and its parts."""
+
+from aaconv.ops.attention import (
+    IMPLEMENTATIONS as IMPLEMENTATIONS,
+    attention_weights as attention_weights,
+    relative_attention as relative_attention,
+)
+from aaconv.ops.position import coordinates as coordinates, sinusoid as sinusoid
+from aaconv.ops.relative import (
+    FORMS as FORMS,
+    axis_logits as axis_logits,
+    masked_relative_logits as masked_relative_logits,
+    relative_logits as relative_logits,
+)
