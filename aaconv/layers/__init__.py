@@ -1,0 +1,5 @@
+"""Flax Linen modules over `aaconv.ops`."""
+
+from aaconv.layers.attention import MultiHeadSelfAttention as MultiHeadSelfAttention
+from aaconv.layers.augmented_conv import AAConv as AAConv, attention_depths as attention_depths
+from aaconv.layers.position import RelativePosition as RelativePosition, resize_table as resize_table

@@ -1,0 +1,167 @@
+"""Multi-head self-attention over space: the attention branch of AAConv, and a layer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import PrecisionLike
+
+from aaconv.layers.position import (
+    RelativePosition,
+    check_position_encoding,
+    encode_input,
+)
+from aaconv.ops import attention_weights, relative_attention
+
+Dtype = Any
+default_kernel_init = nn.linear.default_kernel_init
+
+
+class MultiHeadSelfAttention(nn.Module):
+    r"""Self-attention over the positions of a map, with position encodings of choice.
+
+    .. math:: \mathrm{MHA}(X) = \mathrm{Concat}[O_1 .. O_{N_h}] W^O, \quad
+              O_h = \mathrm{Softmax}\Big(\frac{Q K^\top + S_H + S_W}{\sqrt{d_k^h}}\Big) V
+
+    One pointwise projection makes queries, keys and values (``2 * key_depth + value_depth`` channels, in
+    that order, heads before depth), one more mixes the heads.
+
+    Parameters: ``qkv`` and ``out`` (as `flax.linen.Dense`), and ``relative/rel_h``, ``relative/rel_w`` with
+    the relative encoding. Attention maps ``(*b, n, h, w, h, w)`` are sown as ``attention_weights`` in the
+    ``intermediates`` collection when ``apply(..., mutable=["intermediates"])`` asks for it; otherwise
+    they are never formed separately.
+
+    Attributes:
+      num_heads: N_h, the number of heads ``n``.
+      key_depth: d_k, channels of the queries and of the keys over all heads.
+      value_depth: d_v, channels of the values over all heads, and of the output.
+      position_encoding: ``relative`` (default), ``none``, ``sinusoid`` (two-dimensional sines, added to
+        the input) or ``coordconv`` (coordinate channels, appended to the input).
+      larger_maps: what the tables do on a larger map than at initialisation, see `RelativePosition`.
+      spatial_ndim: spatial axes of the input: 1 for signals, 2 for images, 3 for volumes and video.
+      use_bias: whether the two projections have a bias. The paper's counts are without.
+      implementation: of `aaconv.ops.relative_attention`; None for the fastest that works.
+      dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Dense`.
+      relative_init: of the tables; default normal with deviation ``(key_depth / num_heads) ** -0.5``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = MultiHeadSelfAttention(num_heads=2, key_depth=16, value_depth=8)
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 5, 3)))
+      >>> jax.tree.map(jnp.shape, variables["params"]["relative"])
+      {'rel_h': (7, 8), 'rel_w': (9, 8)}
+      >>> layer.apply(variables, jnp.ones((6, 4, 5, 3))).shape
+      (6, 4, 5, 8)
+
+    References:
+      Bello et al., Attention Augmented Convolutional Networks, ICCV 2019, eq. 1, 2 and 4.
+    """
+
+    num_heads: int
+    key_depth: int
+    value_depth: int
+    position_encoding: str = "relative"
+    larger_maps: str = "raise"
+    spatial_ndim: int = 2
+    use_bias: bool = True
+    implementation: str | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: nn.initializers.Initializer = default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    relative_init: nn.initializers.Initializer | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Attends over the map.
+
+        Args:
+          inputs: ``(*b, h, w, c)``, any batch shape.
+
+        Returns:
+          ``(*b, h, w, value_depth)``.
+
+        Raises:
+          ValueError: depths that the heads do not divide, an unknown encoding, a rank too small.
+        """
+        check_depths(self.num_heads, self.key_depth, self.value_depth)
+        check_position_encoding(self.position_encoding)
+        if inputs.ndim < self.spatial_ndim + 1:
+            raise ValueError(
+                f"inputs have shape {inputs.shape}: with spatial_ndim={self.spatial_ndim} they need at least "
+                f"{self.spatial_ndim + 1} axes, (*b, *space, c)"
+            )
+        x = encode_input(inputs, self.position_encoding, spatial_ndim=self.spatial_ndim)
+        qkv = self._dense(2 * self.key_depth + self.value_depth, name="qkv")(x)
+        q, k, v = (
+            split_heads(part, self.num_heads) for part in jnp.split(qkv, [self.key_depth, 2 * self.key_depth], axis=-1)
+        )
+        rel = None
+        if self.position_encoding == "relative":
+            rel = RelativePosition(
+                depth=self.key_depth // self.num_heads,
+                larger_maps=self.larger_maps,
+                param_dtype=self.param_dtype,
+                table_init=self.relative_init,
+                name="relative",
+            )(inputs.shape[-1 - self.spatial_ndim : -1])
+            rel = tuple(promote_dtype(*rel, dtype=q.dtype))
+        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+            weights = attention_weights(q, k, rel, spatial_ndim=self.spatial_ndim, precision=self.precision)
+            self.sow("intermediates", "attention_weights", weights)
+        heads = relative_attention(
+            q,
+            k,
+            v,
+            rel,
+            spatial_ndim=self.spatial_ndim,
+            implementation=self.implementation,
+            precision=self.precision,
+        )
+        joined = heads.reshape(*heads.shape[:-2], self.value_depth)
+        return self._dense(self.value_depth, name="out")(joined)
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(
+            features,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name=name,
+        )
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """``(*b, h, w, n * d)`` -> ``(*b, h, w, n, d)``; the operation itself transposes."""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def check_depths(num_heads: int, key_depth: int, value_depth: int) -> None:
+    """Checks that every head gets the same, non-empty share of keys and values.
+
+    Raises:
+      ValueError: naming the depth, the heads and the nearest depths that do.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads={num_heads} must be at least 1")
+    for name, depth in (("key_depth", key_depth), ("value_depth", value_depth)):
+        if depth < num_heads or depth % num_heads:
+            near = sorted({max(depth // num_heads, 1) * num_heads, (depth // num_heads + 1) * num_heads})
+            raise ValueError(
+                f"num_heads={num_heads} must divide {name}={depth}: use {name}={' or '.join(map(str, near))}, "
+                f"or {_divisors(depth)} heads"
+            )
+
+
+def _divisors(depth: int) -> str:
+    found: Sequence[int] = [d for d in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16) if depth > 0 and depth % d == 0]
+    return ", ".join(map(str, found)) or "no"
