@@ -1,0 +1,206 @@
+"""ResNet v1.5 with an injected convolution in each block, plain or attention-augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aaconv.models.augmentation import ModuleDef, check_images, he_normal, stage_convs
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; ``conv`` is the first of them (He et al. 2016, fig. 5 left)."""
+
+    features: int
+    strides: int
+    conv: ModuleDef
+    plain_conv: ModuleDef
+    norm: ModuleDef
+    expansion: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv(self.features, (3, 3), strides=self.strides, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.plain_conv(self.features, (3, 3), name="conv2")(y)
+        y = self.norm(name="norm2", scale_init=nn.initializers.zeros_init())(y)
+        return nn.relu(y + _shortcut(x, y, self.strides, self.plain_conv, self.norm))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 with the stride (v1.5), 1x1; ``conv`` is the 3x3 (He et al. 2016, fig. 5 right)."""
+
+    features: int
+    strides: int
+    conv: ModuleDef
+    plain_conv: ModuleDef
+    norm: ModuleDef
+    expansion: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.plain_conv(self.features, (1, 1), name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.features, (3, 3), strides=self.strides, name="conv2")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.plain_conv(self.features * self.expansion, (1, 1), name="conv3")(y)
+        # A residual branch that starts at zero: Goyal et al. 2017, 5.1.
+        y = self.norm(name="norm3", scale_init=nn.initializers.zeros_init())(y)
+        return nn.relu(y + _shortcut(x, y, self.strides, self.plain_conv, self.norm))
+
+
+def _shortcut(x, y, strides, conv, norm):
+    if x.shape == y.shape:
+        return x
+    x = conv(y.shape[-1], (1, 1), strides=strides, name="conv_shortcut")(x)
+    return norm(name="norm_shortcut")(x)
+
+
+class ResNet(nn.Module):
+    """ResNet v1.5 (stride in the 3x3) for images of 32 pixels a side and more.
+
+    Attributes:
+      stage_sizes: blocks a stage.
+      block: `BasicBlock` or `BottleneckBlock`.
+      num_classes: logits.
+      width: channels of the stem; stage ``s`` has ``width * 2 ** (s - 1)`` (times 4 with bottlenecks).
+      stage_convs: what each stage puts in the place of its 3x3 convolution: `flax.linen.Conv`, a partial of
+        `aaconv.AAConv`, or any module with the arguments of `flax.linen.Conv`. None: all plain.
+      dtype: of activations; parameters are float32.
+      norm_momentum: of the running batch statistics.
+
+    References:
+      He et al., Deep Residual Learning, CVPR 2016; Bello et al. 2019, 4.2.
+    """
+
+    stage_sizes: Sequence[int]
+    block: ModuleDef = BottleneckBlock
+    num_classes: int = 1000
+    width: int = 64
+    stage_convs: Sequence[ModuleDef] | None = None
+    dtype: Any = jnp.float32
+    norm_momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, features: bool = False):
+        """Classifies images.
+
+        Args:
+          images: ``(*b, h, w, c)`` floating point.
+          train: whether batch normalisation uses the batch's statistics and updates ``batch_stats``.
+          features: whether to return the maps of the stages as well.
+
+        Returns:
+          Logits ``(*b, num_classes)`` in float32; with ``features`` also a dict with ``stem`` (stride 4),
+          ``stage1`` (stride 4), ``stage2`` (8), ``stage3`` (16), ``stage4`` (32), each ``(*b, h, w, c)``.
+
+        Raises:
+          ValueError: images too small, of another dtype or number of channels.
+        """
+        check_images(self, images, stem="conv_stem", stride=32)
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=he_normal)
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=self.norm_momentum,
+            epsilon=1e-5,
+            dtype=self.dtype,
+        )
+        x = conv(self.width, (7, 7), strides=2, name="conv_stem")(images)
+        x = nn.relu(norm(name="norm_stem")(x))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        maps = {"stem": x}
+        stage_convs = self.stage_convs or (nn.Conv,) * len(self.stage_sizes)
+        for stage, (size, stage_conv) in enumerate(zip(self.stage_sizes, stage_convs, strict=True), start=1):
+            injected = partial(stage_conv, **conv.keywords)
+            for i in range(size):
+                x = self.block(
+                    features=self.width * 2 ** (stage - 1),
+                    strides=2 if stage > 1 and i == 0 else 1,
+                    conv=injected,
+                    plain_conv=conv,
+                    norm=norm,
+                    name=f"stage{stage}_block{i + 1}",
+                )(x)
+            maps[f"stage{stage}"] = x
+        x = jnp.mean(x, axis=(-3, -2))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return (logits, maps) if features else logits
+
+
+SIZES: dict[int, tuple[ModuleDef, tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (BottleneckBlock, (3, 4, 6, 3)),
+    101: (BottleneckBlock, (3, 4, 23, 3)),
+    152: (BottleneckBlock, (3, 8, 36, 3)),
+}
+
+
+def resnet(
+    depth: int,
+    *,
+    num_classes: int = 1000,
+    width: int = 64,
+    kappa: float = 0.0,
+    upsilon: float = 0.0,
+    num_heads: int = 8,
+    min_key_depth: int = 20,
+    stages: Sequence[int] = (2, 3, 4),
+    pooled_stages: Sequence[int] = (2,),
+    position_encoding: str = "relative",
+    larger_maps: str = "raise",
+    strided_attention: str = "subsample",
+    implementation: str | None = None,
+    dtype: Any = jnp.float32,
+) -> ResNet:
+    """ResNet-18, 34, 50, 101 or 152, plain or augmented.
+
+    The 3x3 of every block of the augmented stages is an `aaconv.AAConv`; in ResNet-18 and 34 the first 3x3.
+    Stem, first stage and pointwise convolutions stay convolutions, also when fully attentional
+    (``kappa=upsilon=1``). The 28-pixel stage attends at 14 pixels (``pooled_stages=(2,)``).
+
+    Parameters at 224 pixels, 1,000 classes, in millions: ResNet-34 / 50 / 101 / 152 plain 21.8 / 25.6 /
+    44.5 / 60.2; augmented (kappa = 2 upsilon = 0.2; ResNet-34 kappa = upsilon = 0.25) 20.7 / 25.8 / 45.4 / 61.6;
+    ResNet-50 with kappa = upsilon = 0.25, 0.5, 0.75, 1: 24.3, 22.3, 20.7, 19.4. The paper gives these figures;
+    that ResNet-34's heads, the rounding and the pooled stage are as here is inferred from them.
+
+    Args:
+      depth: 18, 34, 50, 101 or 152.
+      num_classes: logits.
+      width: channels of the stem.
+      kappa, upsilon, num_heads, min_key_depth, position_encoding, larger_maps, strided_attention,
+        implementation: as in `aaconv.AAConv`; ``upsilon=0`` is the plain network.
+      stages: augmented stages, 1 to 4.
+      pooled_stages: augmented stages that attend at half their resolution.
+      dtype: of activations.
+
+    References:
+      Bello et al. 2019, 4.2, 4.4, tables 2 and 3, figure 4.
+    """
+    block, sizes = SIZES[depth]
+    return ResNet(
+        stage_sizes=sizes,
+        block=block,
+        num_classes=num_classes,
+        width=width,
+        stage_convs=stage_convs(
+            len(sizes),
+            kappa=kappa,
+            upsilon=upsilon,
+            num_heads=num_heads,
+            min_key_depth=min_key_depth,
+            stages=stages,
+            pooled_stages=pooled_stages,
+            position_encoding=position_encoding,
+            larger_maps=larger_maps,
+            strided_attention=strided_attention,
+            implementation=implementation,
+        ),
+        dtype=dtype,
+    )

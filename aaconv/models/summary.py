@@ -1,0 +1,192 @@
+"""What a network is made of: parameters, FLOPs and attention, counted without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aaconv.layers import AAConv, MultiHeadSelfAttention
+from aaconv.ops.attention import implementation_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer that multiplies, or normalises.
+
+    Attributes:
+      path: names from the network down to the layer, joined by ``/``.
+      kind: ``conv``, ``dense``, ``attention`` (the two products of queries, keys and values) or the class name.
+      parameters: of the layer itself, without its sub-layers.
+      flops: for one image. A multiply-add is 2 in a convolution or projection and 1 in the products of
+        attention, which is the counting under which the paper's figures come out.
+      output_shape: without the batch.
+    """
+
+    path: str
+    kind: str
+    parameters: int
+    flops: int
+    output_shape: tuple[int, ...]
+
+    @property
+    def stage(self) -> str:
+        """``stem``, ``stage1`` .. or ``head``: the part of the network this layer belongs to."""
+        first = self.path.split("/")[0]
+        match = re.match(r"(stage\d+)", first)
+        if match:
+            return match.group(1)
+        return "stem" if first.endswith("stem") else "head"
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One attending layer.
+
+    Attributes:
+      path: names from the network down to the layer, joined by ``/``.
+      layer_input, layer_output: spatial shapes of the augmented convolution around it.
+      attends_at: spatial shape of the map it attends over.
+      num_heads, key_depth, value_depth: over all heads, after rounding.
+      conv_features: filters left to the convolution beside it.
+      position_encoding: see `aaconv.AAConv`.
+      implementation: the one that runs, see `aaconv.ops.relative_attention`.
+      map_bytes: memory of its float32 attention maps for one image when they are stored,
+        ``num_heads * (h * w) ** 2 * 4``.
+    """
+
+    path: str
+    layer_input: tuple[int, ...]
+    layer_output: tuple[int, ...]
+    attends_at: tuple[int, ...]
+    num_heads: int
+    key_depth: int
+    value_depth: int
+    conv_features: int
+    position_encoding: str
+    implementation: str
+
+    @property
+    def map_bytes(self) -> int:
+        return self.num_heads * math.prod(self.attends_at) ** 2 * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `summarise` found; ``layers`` and ``attention`` in the order of the forward pass."""
+
+    layers: tuple[Layer, ...]
+    attention: tuple[Attention, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters in all (batch statistics are not)."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs for one image, see `Layer`."""
+        return sum(layer.flops for layer in self.layers)
+
+    def by_stage(self) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+        """Returns ``{stage: (parameters, flops, output shape)}`` in forward order."""
+        stages: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        for layer in self.layers:
+            parameters, flops, _ = stages.get(layer.stage, (0, 0, ()))
+            stages[layer.stage] = (parameters + layer.parameters, flops + layer.flops, layer.output_shape)
+        return stages
+
+
+def summarise(model: nn.Module, image_shape: Sequence[int]) -> Summary:
+    """Counts a network's parameters and FLOPs and lists what attends, by shapes alone.
+
+    Args:
+      model: a network of `aaconv.models.create`, or any Linen module called as ``model(images, train=False)``
+        that is made of `flax.linen.Conv`, `flax.linen.Dense`, `aaconv.AAConv` and normalisations.
+      image_shape: ``(h, w, c)``.
+
+    Returns:
+      A `Summary`. Nothing is computed and no memory is taken: the network is traced once.
+
+    Example:
+      >>> from aaconv import models
+      >>> summary = summarise(models.create("aa_resnet50"), (224, 224, 3))
+      >>> f"{summary.parameters / 1e6:.1f}M {summary.flops / 1e9:.1f}G {len(summary.attention)} layers attend"
+      '25.8M 8.3G 13 layers attend'
+    """
+    layers: list[Layer] = []
+    attention: list[Attention] = []
+    around: list[tuple[nn.Module, tuple[int, ...]]] = []  # modules being called, outermost first
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or any(module is m for m, _ in around):
+            return next_fun(*args, **kwargs)  # the second is nn.Conv.__call__ through AAConv's
+        shape = tuple(args[0].shape) if args and hasattr(args[0], "shape") else ()
+        around.append((module, shape))
+        try:
+            out = next_fun(*args, **kwargs)
+        finally:
+            around.pop()
+        _record(module, shape, out, around, layers, attention)
+        return out
+
+    def trace():
+        with nn.intercept_methods(record):
+            return model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
+
+    jax.eval_shape(trace)
+    return Summary(tuple(layers), tuple(attention))
+
+
+def count_parameters(params: Any) -> int:
+    """Returns the number of elements in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _record(module, shape, out, around, layers, attention) -> None:
+    path = "/".join(module.path)
+    own = {
+        name: value
+        for name, value in module.variables.get("params", {}).items()
+        if not isinstance(value, dict) and hasattr(value, "shape")
+    }
+    if isinstance(module, MultiHeadSelfAttention):
+        space = shape[-1 - module.spatial_ndim : -1]
+        # Content logits and the weighted sum; the H + W relative logits a query are left out, as in the paper.
+        flops = math.prod(space) ** 2 * (module.key_depth + module.value_depth)
+        layers.append(Layer(path, "attention", 0, flops, tuple(out.shape[1:])))
+        conv, conv_shape = around[-1] if around and isinstance(around[-1][0], AAConv) else (None, shape)
+        attention.append(
+            Attention(
+                path=path,
+                layer_input=tuple(conv_shape[-1 - module.spatial_ndim : -1]),
+                layer_output=tuple(space),  # until the convolution around it returns
+                attends_at=tuple(space),
+                num_heads=module.num_heads,
+                key_depth=module.key_depth,
+                value_depth=module.value_depth,
+                conv_features=conv.features - module.value_depth if conv is not None else 0,
+                position_encoding=module.position_encoding,
+                implementation=implementation_for(module.implementation),
+            )
+        )
+        return
+    if isinstance(module, AAConv) and attention and attention[-1].path.startswith(path + "/"):
+        ndim = len(attention[-1].attends_at)
+        attention[-1] = dataclasses.replace(attention[-1], layer_output=tuple(out.shape[-1 - ndim : -1]))
+    if not own:
+        return
+    flops, kind = 0, type(module).__name__
+    if isinstance(module, nn.Conv | nn.Dense):
+        kind = "conv" if isinstance(module, nn.Conv) else "dense"
+        positions = math.prod(out.shape[1:-1])
+        flops = 2 * positions * math.prod(own["kernel"].shape)
+    output_shape = tuple(out.shape[1:]) if hasattr(out, "shape") else ()
+    layers.append(Layer(path, kind, count_parameters(own), flops, output_shape))
