@@ -1,0 +1,83 @@
+"""Every config in configs/ loads and builds, by shapes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from aaconv import config as config_lib, optim, train
+from aaconv.data.declared import declared_info
+from aaconv.models.summary import count_parameters
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+# Config and argument, and the parameters in millions where the paper or the config's head states them.
+EVERY = {
+    "digits.py": None,
+    "flowers.py": None,
+    "cifar100_small.py:plain": None,
+    "cifar100_small.py:aa": None,
+    "cifar100_wrn_28_10.py": "36.3",
+    "cifar100_aa_wrn_28_10.py": "36.05",
+    "imagenet_resnet.py:resnet34": "21.8",
+    "imagenet_resnet.py:aa_resnet34": "20.745",
+    "imagenet_resnet.py:resnet50": "25.6",
+    "imagenet_resnet.py:aa_resnet50": "25.809",
+    "imagenet_resnet.py:resnet101": "44.5",
+    "imagenet_resnet.py:aa_resnet101": "45.387",
+    "imagenet_resnet.py:resnet152": "60.2",
+    "imagenet_resnet.py:aa_resnet152": "61.614",
+}
+
+
+def test_none_is_left_out():
+    assert {p.name for p in CONFIGS.glob("*.py")} == {name.partition(":")[0] for name in EVERY}
+
+
+@pytest.mark.parametrize("name,parameters", EVERY.items())
+def test_builds(name, parameters):
+    config = config_lib.load(str(CONFIGS / name))
+    info = declared_info(config)
+    model = train.build_model(config, info.num_classes)
+    images = jax.ShapeDtypeStruct((4, *info.image_shape), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    if parameters is not None:
+        digits = len(parameters.split(".")[1])
+        assert f"{count_parameters(variables['params']) / 1e6:.{digits}f}" == parameters
+    logits = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    assert logits.shape == (4, info.num_classes) and logits.dtype == jnp.float32
+    if "101" in name or "152" in name:
+        return  # the step of the deepest takes half a minute to trace, and is ResNet-50's with more blocks
+    plan = optim.plan(config, steps_per_epoch=1000)
+    optimizer = optim.optimizer(config, plan)
+
+    def update(variables, images):
+        def loss(params):
+            logits, updated = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            return logits.sum(), updated
+
+        gradient, updated = jax.grad(loss, has_aux=True)(variables["params"])
+        params, *_ = optim.update(optimizer, gradient, optimizer.init(variables["params"]), variables["params"])
+        return {"params": params, **updated}
+
+    after = jax.eval_shape(update, variables, images)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), dict(variables)
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar100_small.py:both", "imagenet_resnet.py:resnet18"])
+def test_an_argument_that_does_not_exist_is_refused(name):
+    with pytest.raises(ValueError, match="takes .*not '(both|resnet18)'"):
+        config_lib.load(str(CONFIGS / name))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.name)
+def test_head_states_command_source_and_expectation(path):
+    head = path.read_text().split('"""')[1]
+    for word in ("COMMAND:", "SOURCE:", "EXPECTED"):
+        assert word in head
+    assert f"--config configs/{path.name}" in head
