@@ -1,0 +1,335 @@
+"""Checkpoints: what is kept, how it is saved and how it is restored. The only place that knows orbax.
+
+A checkpoint of step s holds two trees of arrays, ``model`` (what evaluation needs) and
+``training`` (what continuing needs besides), and ``meta``, a JSON object. Saving is
+asynchronous: the arrays are copied before `Checkpoints.save` returns, the files are written
+behind the next steps, and a checkpoint appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+ITEMS = ("model", "training")
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; a context manager that waits for the last save.
+
+    Args:
+      workdir: the run's folder; they lie in ``checkpoints/`` there, one folder a step.
+      keep_last: how many of the newest are kept.
+      best_metric: name of the metric by which the best is kept as well; "" for none. Lower is
+        better for a name that ends in ``loss``, higher for others.
+      read_only: nothing is written, moved or cleaned up.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep_last: int = 2,
+        best_metric: str = "",
+        read_only: bool = False,
+    ) -> None:
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._best_metric = best_metric
+        self._values: dict[int, float] = {}
+        self._read_only = read_only
+        if not read_only:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        # Not orbax's own read_only, which warns that it does what it was asked to.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LastAndBest(keep_last, self.best_step),
+            create=False,
+            cleanup_tmp_directories=not read_only,
+            save_root_metadata=False,
+            # Metrics lie in our own meta: a damaged checkpoint must not stop the listing.
+            lightweight_initialize=True,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options) if self._folder.is_dir() else None
+
+    def steps(self) -> list[int]:
+        """Returns the steps there are, ascending; a damaged one may be among them."""
+        return sorted(self._manager.all_steps()) if self._manager else []
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tells the metrics of the model after `step` updates, before or after its `save`."""
+        value = metrics.get(self._best_metric)
+        if value is not None and not math.isnan(value):
+            self._values[step] = -value if self._best_metric.endswith("loss") else value
+
+    def best_step(self, among: Sequence[int] | None = None) -> int | None:
+        """Returns the step with the best recorded metric, the newest of equals; None without any."""
+        known = [step for step in (self.steps() if among is None else among) if step in self._values]
+        return max(known, key=lambda step: (self._values[step], step), default=None)
+
+    def improves(self, step: int) -> bool:
+        """Whether the metric recorded for `step` is above that of every checkpoint there is."""
+        others = [self._values[s] for s in self.steps() if s in self._values and s != step]
+        return step in self._values and self._values[step] > max(others, default=-math.inf)
+
+    def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Starts saving; returns once the arrays are copied. A step that is there is left alone.
+
+        Args:
+          step: completed updates.
+          items: the trees of arrays by name, all of `ITEMS`.
+          meta: JSON-able; ``step``, ``tree``, ``crc32`` and ``versions`` are added.
+        """
+        assert self._manager is not None and not self._read_only
+        if step in self.steps():
+            return
+        tree = {name: describe_tree(items[name]) for name in ITEMS}
+        sums = {name: _checksums(items[name]) for name in ITEMS}
+        meta = {**meta, "step": step, "tree": tree, "crc32": sums, "versions": versions()}
+        arrays = {name: ocp.args.StandardSave(items[name]) for name in ITEMS}
+        self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)), force=True)
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk, and raises what went wrong while writing."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def restore(
+        self,
+        abstract: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        explain: Callable[[Mapping[str, Any]], str] = lambda meta: "",
+        note: Callable[[str], None] = lambda text: None,
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read, onto the devices asked for.
+
+        The devices need not be those it was saved from. One that is truncated or half-written
+        is passed over, with a note that names it and the one used instead; when not read-only
+        it is also moved to ``damaged_checkpoints/``, out of the way of the step's next save.
+
+        Args:
+          abstract: trees of `jax.ShapeDtypeStruct` with shardings, for some of `ITEMS`.
+          step: starts looking there, going backwards; the newest by default.
+          explain: gets the ``meta`` of a checkpoint whose trees differ from `abstract`; what
+            it returns is appended to the error.
+          note: gets a line for each checkpoint passed over.
+
+        Returns:
+          The step, the trees, the meta; None when there is no checkpoint at all.
+
+        Raises:
+          ValueError: the trees differ, with the differences listed, or no checkpoint there is
+            can be read.
+        """
+        candidates = [s for s in reversed(self.steps()) if step is None or s <= step]
+        damaged: dict[int, str] = {}
+        for candidate in candidates:
+            try:
+                meta = self.meta(candidate)
+                saved = {name: meta["tree"][name] for name in abstract}
+            except Exception as error:  # Whatever a broken file raises: the one before is tried.
+                damaged[candidate] = _first_line(error)
+                continue
+            difference = compare_trees(saved, {name: describe_tree(tree) for name, tree in abstract.items()})
+            if difference:
+                raise ValueError(
+                    f"checkpoint {self._folder / str(candidate)} does not fit this config's model "
+                    f"(- saved, + wanted):\n{difference}{explain(meta)}"
+                )
+            try:
+                items = self._read(candidate, abstract, meta["crc32"])
+            except Exception as error:
+                damaged[candidate] = _first_line(error)
+                continue
+            for broken, reason in damaged.items():
+                note(
+                    f"warning: checkpoint {self._folder / str(broken)} cannot be read ({reason}); "
+                    f"using {self._folder / str(candidate)} instead{self._set_aside(broken)}"
+                )
+            return candidate, items, meta
+        if damaged:
+            listed = "\n".join(f"  {self._folder / str(s)}: {reason}" for s, reason in damaged.items())
+            raise ValueError(
+                f"none of the {len(damaged)} checkpoints can be read; restore one from a copy, or train in a "
+                f"new workdir:\n{listed}"
+            )
+        return None
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Returns the JSON object saved with `step`."""
+        assert self._manager is not None
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def close(self) -> None:
+        """Waits for the last save and lets go; harmless when called again."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _read(self, step: int, abstract: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._manager is not None
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        with _quiet_coroutines():
+            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        items = {name: restored[name] for name in abstract}
+        for name, tree in items.items():
+            for path, found in _checksums(tree).items():
+                if found != sums[name][path]:
+                    raise ValueError(f"the values of {name}/{path} are not those that were saved")
+        return items
+
+    def _set_aside(self, step: int) -> str:
+        if self._read_only:
+            return ""
+        assert self._manager is not None
+        home = self._folder.parent / "damaged_checkpoints"
+        if jax.process_index() == 0:
+            home.mkdir(exist_ok=True)
+            (self._folder / str(step)).replace(tempfile.mkdtemp(prefix=f"{step}-", dir=home))
+        # Every process must see the same steps, or they would not save the same ones.
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+        return f"; it was moved to {home}"
+
+
+class _LastAndBest:
+    """Keeps the last n and the best: orbax's own policies do not see metrics told after the save."""
+
+    def __init__(self, keep_last: int, best: Callable[[Sequence[int]], int | None]) -> None:
+        self._keep_last = keep_last
+        self._best = best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        keep = {*sorted(steps)[-self._keep_last :], self._best(steps)}
+        return [step in keep for step in steps]
+
+
+def check_writable(workdir: str | os.PathLike[str]) -> Path:
+    """Makes `workdir` if need be and checks that files can be made in it.
+
+    Returns:
+      Its absolute path.
+
+    Raises:
+      ValueError: it cannot be made or written.
+    """
+    path = Path(workdir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"workdir {str(path)!r} cannot be written ({error.strerror or error}): "
+            "name a folder that this user may write, on a disk with space"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` against a second run in it, which would clean up this one's half-written files.
+
+    Ends with the process, however that ends.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is training in {workdir}: wait for it, stop it, or name another --workdir"
+            ) from error
+        except OSError:
+            pass  # Some network file systems have no locks.
+        yield
+
+
+def describe_tree(tree: Any) -> dict[str, str]:
+    """Returns ``{path: "dtype(shape)"}`` of a tree of arrays, e.g. ``{"params/fc/bias": "float32(10)"}``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {_name(path): f"{x.dtype}({', '.join(map(str, x.shape))})" for path, x in leaves}
+
+
+def compare_trees(saved: Mapping[str, Mapping[str, str]], wanted: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns the differences of two `describe_tree` by item, a line each, or ""."""
+    lines = []
+    for name in wanted:
+        for path in sorted(saved[name].keys() | wanted[name].keys()):
+            old, new = saved[name].get(path), wanted[name].get(path)
+            if old != new:
+                lines += [f"  - {path} {old}"] if old else []
+                lines += [f"  + {path} {new}"] if new else []
+    if len(lines) > 40:
+        lines = [*lines[:40], f"  ... and {len(lines) - 40} more"]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("aaconv", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    # Short arrays of noise do not compress, are stored as they are, and a flipped bit in them would go unseen.
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {_name(path): zlib.crc32(_bytes(x)) for path, x in leaves}
+
+
+def _bytes(x: jax.Array) -> memoryview:
+    # Every device holds the whole of it.
+    return np.ascontiguousarray(x.addressable_data(0)).reshape(-1).view(np.uint8).data
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@contextlib.contextmanager
+def _quiet_coroutines() -> Iterator[None]:
+    # Of the many reads that fail on a damaged file orbax awaits one; Python would print the others' errors.
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,326 @@
+"""What is measured, where it is written, and how progress is shown.
+
+`Totals` are sums on the device; `Log` writes rows to ``metrics.jsonl`` (and TensorBoard
+when tensorboardX is installed); `progress` shows a bar on a terminal and lines elsewhere.
+Metric names are ``group/name``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Totals(flax.struct.PyTreeNode):
+    """Sums over examples, added up on the device and fetched rarely.
+
+    Attributes:
+      loss: sum of the loss.
+      top1: examples whose label has the highest logit.
+      top5: examples whose label is among the five highest.
+      count: examples.
+    """
+
+    loss: Array
+    top1: Array
+    top5: Array
+    count: Array
+
+    @classmethod
+    def zeros(cls) -> Totals:
+        """Returns the totals of no examples."""
+        # One array each: a state is donated, and a buffer cannot be donated twice.
+        return cls(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+
+    def __add__(self, other: Totals) -> Totals:
+        return jax.tree.map(jnp.add, self, other)
+
+    def means(self, group: str) -> dict[str, float]:
+        """Returns ``{group/loss, group/accuracy, group/top5}``; blocks until they are there."""
+        fetched = jax.device_get(self)
+        count = float(fetched.count)
+        names = {"loss": fetched.loss, "accuracy": fetched.top1, "top5": fetched.top5}
+        return {f"{group}/{name}": float(x) / count if count else math.nan for name, x in names.items()}
+
+
+def soft_labels(labels: Array, num_classes: int, smoothing: float = 0.0) -> Array:
+    """Returns float32 target distributions ``(1 - s) one_hot + s / num_classes``.
+
+    Args:
+      labels: integers `(*b,)`.
+      num_classes: k.
+      smoothing: s, in [0, 1].
+
+    Returns:
+      `(*b, k)`.
+    """
+    hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    return hot * (1 - smoothing) + smoothing / num_classes if smoothing else hot
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Returns ``-sum(targets log_softmax(logits))`` in float32, `(*b,)` for `(*b, k)`."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def totals(logits: Array, targets: Array, losses: Array, mask: Array | None = None) -> Totals:
+    """Sums a batch.
+
+    An example counts as right when the class of its largest target is ranked first (among
+    the first five) by the logits; equal logits rank in the order of their classes. With
+    fewer than six classes the five highest are all of them. A logit that is not finite is
+    never right.
+
+    Args:
+      logits: `(*b, k)`.
+      targets: distributions `(*b, k)`, as of `soft_labels`, possibly mixed.
+      losses: `(*b,)`.
+      mask: bool `(*b,)`; False where an example is padding.
+    """
+    label = jnp.argmax(targets, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(logits, label, axis=-1)
+    classes = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+    before = (logits > own) | ((logits == own) & (classes < label))
+    rank = jnp.sum(before, axis=-1)
+    weight = jnp.ones(losses.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    right = weight * jnp.all(jnp.isfinite(logits), axis=-1)
+    # where, not a product: a padding example's loss may be nan.
+    losses = jnp.where(weight > 0, losses, 0.0)
+    return Totals(
+        loss=jnp.sum(losses.astype(jnp.float32)),
+        top1=jnp.sum(right * (rank < 1)),
+        top5=jnp.sum(right * (rank < 5)),
+        count=jnp.sum(weight),
+    )
+
+
+# Writers
+
+
+class Log:
+    """Rows of metrics in a workdir: ``metrics.jsonl``, one JSON object a line.
+
+    Every row has ``step`` (completed updates). A value that is not finite is written as null.
+    Only process 0 writes; elsewhere every method does nothing.
+
+    Args:
+      workdir: an existing folder.
+      resume_step: rows after this step are dropped, so that a resumed run's file reads like
+        an uninterrupted one's; likewise a last line that was cut off.
+      tensorboard: also write TensorBoard events to ``workdir/tensorboard`` if tensorboardX is
+        installed.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int = 0, tensorboard: bool = True) -> None:
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        path = Path(workdir) / "metrics.jsonl"
+        self.rows = [row for row in read_rows(workdir) if row["step"] <= resume_step]
+        if jax.process_index() != 0:
+            return
+        # Beside, then renamed: a kill while rewriting loses no rows.
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(_dump(row) for row in self.rows))
+        beside.replace(path)
+        self._file = path.open("a")
+        if tensorboard:
+            self._board = _tensorboard(Path(workdir) / "tensorboard", resume_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a row and flushes it: what is logged survives a kill."""
+        row = {"step": step, **values}
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(_dump(row))
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files; harmless when called again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the rows of ``workdir/metrics.jsonl``; an incomplete line is left out.
+
+    null, which stands for a value that is not finite, is read as nan.
+    """
+    path = Path(workdir) / "metrics.jsonl"
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append({name: math.nan if value is None else value for name, value in row.items()})
+    return rows
+
+
+def _dump(row: Mapping[str, Any]) -> str:
+    # JSON has no nan: many readers refuse a file with one.
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def _tensorboard(folder: Path, resume_step: int) -> Any:
+    try:
+        import tensorboardX
+    except ImportError:
+        return None
+    # purge_step hides what an interrupted run wrote after the step that is resumed.
+    return tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+
+# Progress
+
+
+class Progress:
+    """Shows a run's progress; this one shows nothing.
+
+    Called as ``start``, then ``update`` every step, ``show`` at each log step, ``note`` for
+    lines of text, ``stop``.
+    """
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Begins at `step` completed updates of `total_steps`."""
+
+    def update(self, step: int) -> None:
+        """`step` updates are on their way; must be cheap."""
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """New values, of `Log` rows."""
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+
+    def stop(self) -> None:
+        """Ends the display."""
+
+
+class Lines(Progress):
+    """Plain lines, for files and logs.
+
+    Args:
+      stream: where to; standard error by default.
+    """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream
+        self._total = 0
+        self._began: tuple[int, float] | None = None
+
+    def start(self, step: int, total_steps: int) -> None:
+        self._total = total_steps
+
+    def update(self, step: int) -> None:
+        if self._began is None:  # Not from `start`: compiling the first step is over now.
+            self._began = (step, time.monotonic())
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        line = f"step {step}/{self._total}  {_format(values)}"
+        if "train/loss" in values and self._began is not None and step > self._began[0]:
+            first, began = self._began
+            left = (time.monotonic() - began) / (step - first) * (self._total - step)
+            line += f"  {_duration(left)} left"
+        self.note(line)
+
+    def note(self, text: str) -> None:
+        print(text, file=self._stream or sys.stderr, flush=True)
+
+
+class Bar(Progress):
+    """A bar on a terminal, with loss, accuracy, images a second and time left; evaluations above it.
+
+    Args:
+      stream: the terminal; standard error by default.
+    """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        import rich.console
+        import rich.progress as rp
+
+        console = rich.console.Console(file=stream or sys.stderr)
+        columns = (
+            rp.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            rp.BarColumn(bar_width=None),
+            rp.TextColumn("{task.fields[train]}"),
+            rp.TimeRemainingColumn(compact=True),
+        )
+        self._bar = rp.Progress(*columns, console=console, refresh_per_second=4, expand=True)
+        self._task: Any = None
+
+    def start(self, step: int, total_steps: int) -> None:
+        shown = "compiling" if step < total_steps else ""
+        self._task = self._bar.add_task("", total=total_steps, completed=step, train=shown)
+        self._bar.start()
+
+    def update(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+        if self._bar.tasks[0].fields["train"] == "compiling":
+            self._bar.update(self._task, train="")
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        if "train/loss" in values:
+            self._bar.update(self._task, completed=step, train=_format(values))
+        else:
+            self.note(f"epoch {values['epoch']:g}  {_format(values)}" if "epoch" in values else _format(values))
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+def progress(stream: IO[str] | None = None) -> Progress:
+    """Returns a `Bar` when `stream`, standard error by default, is a terminal, else `Lines`.
+
+    Processes above 0 show nothing.
+    """
+    if jax.process_index() != 0:
+        return Progress()
+    return Bar(stream) if (stream or sys.stderr).isatty() else Lines(stream)
+
+
+def _format(values: Mapping[str, float]) -> str:
+    forms = {
+        "train/loss": "loss {:.4f}",
+        "train/accuracy": "accuracy {:.1%}",
+        "perf/images_per_sec": "{:,.0f} images/s",
+        "eval/loss": "eval loss {:.4f}",
+        "eval/accuracy": "eval accuracy {:.2%}",
+        "eval/top5": "top-5 {:.2%}",
+    }
+    return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

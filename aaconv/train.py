@@ -1,0 +1,756 @@
+"""Training: state, step, loop, and what restores their result. Reads top to bottom.
+
+``step`` is the number of completed updates everywhere. The order within the loop matters:
+step, log, evaluate, save, and only then the next batch, so that the data iterator's state
+saved with step s is the one that step s + 1 reads from.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from aaconv import checkpoints, metrics, models, optim, parallel
+from aaconv.config import ConfigDict
+
+EVAL_METRICS = ("eval/accuracy", "eval/top5", "eval/loss")
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss, a gradient or a weight became nan or infinite; names the steps and the last good checkpoint."""
+
+
+class Preempted(Exception):
+    """A signal asked to stop; the state is saved and the same command continues."""
+
+
+# State
+
+
+class Window(flax.struct.PyTreeNode):
+    """What is summed since the last logged step; saved with the state so that a resumed run logs the same rows."""
+
+    totals: metrics.Totals
+    grad_norm: Array
+    steps: Array
+
+    @classmethod
+    def empty(cls) -> Window:
+        return cls(metrics.Totals.zeros(), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything an update reads and writes, replicated over the mesh.
+
+    Attributes:
+      step: completed updates, int32.
+      params: trained weights, float32.
+      batch_stats: batch norm's running statistics.
+      opt_state: of the optax chain.
+      ema: ``{"params", "batch_stats"}``, their moving averages; ``{}`` when off.
+      window: sums since the last logged step.
+    """
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+    window: Window
+
+    def variables(self) -> dict[str, Any]:
+        """Returns what evaluation uses: the averages if they are on, else the weights themselves."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+    def items(self) -> dict[str, Any]:
+        """Splits the state into the trees of a checkpoint."""
+        return {
+            "model": {"params": self.params, "batch_stats": self.batch_stats, "ema": self.ema},
+            "training": {"step": self.step, "opt_state": self.opt_state, "window": self.window},
+        }
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, Any]) -> TrainState:
+        """The inverse of `items`."""
+        return cls(**items["model"], **items["training"])
+
+
+def init_state(key: Array, run: Run) -> TrainState:
+    """Returns the state before the first update; call it under jit, with `key` for the weights."""
+    variables = run.model.init(key, jnp.zeros((1, *run.info.image_shape), jnp.float32), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    averages = {"params": params, "batch_stats": batch_stats}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=run.optimizer.init(params),
+        ema=averages if run.config.optimizer.ema_decay else {},
+        window=Window.empty(),
+    )
+
+
+# Steps
+
+
+def mixup(key: Array, images: Array, targets: Array, alpha: float) -> tuple[Array, Array]:
+    """Blends each example with the one at the mirrored place of the batch (Zhang et al. 2018).
+
+    One weight from Beta(alpha, alpha) serves the batch. The order of a batch is random
+    already, so its mirror image pairs at random.
+
+    Args:
+      key: typed key.
+      images: `(b, h, w, c)`.
+      targets: distributions `(b, k)`.
+      alpha: above 0.
+    """
+    weight = jax.random.beta(key, alpha, alpha)
+    blend = lambda x: weight * x + (1 - weight) * jnp.flip(x, axis=0)
+    return blend(images), blend(targets)
+
+
+def train_step(
+    state: TrainState, batch: Mapping[str, Array], resident: Mapping[str, Array], *, run: Run
+) -> tuple[TrainState, Array]:
+    """One update on a global batch.
+
+    Args:
+      state: donated.
+      batch: a global batch of the data's own, for ``prepare``.
+      resident: the training set, if it lies on the device, else ``{}``.
+      run: what does not change.
+
+    Returns:
+      The next state, and the batch's mean loss to wait on.
+    """
+    config = run.config
+    # Folding in the step, rather than carrying a key, gives a resumed run the same numbers.
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    prepare_key, mixup_key = jax.random.split(key)
+    prepared = run.prepare_train(batch, prepare_key, resident or None)
+    images = prepared["image"]
+    targets = metrics.soft_labels(prepared["label"], run.info.num_classes, config.loss.label_smoothing)
+    if config.loss.mixup_alpha:
+        images, targets = mixup(mixup_key, images, targets, config.loss.mixup_alpha)
+
+    def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = run.model.apply(variables, images, train=True, mutable=["batch_stats"])
+        losses = metrics.cross_entropy(logits, targets)
+        return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
+
+    (loss, (logits, losses, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    params, opt_state, norm = optim.update(run.optimizer, gradients, state.opt_state, state.params)
+    step = state.step + 1
+    average = state.ema
+    if config.optimizer.ema_decay:
+        # Batch norm's statistics are averaged with the weights they belong to.
+        latest = {"params": params, "batch_stats": batch_stats}
+        average = optim.ema(state.ema, latest, step, config.optimizer.ema_decay)
+    window = Window(
+        totals=state.window.totals + metrics.totals(logits, targets, losses),
+        grad_norm=state.window.grad_norm + norm,
+        steps=state.window.steps + 1,
+    )
+    return TrainState(step, params, batch_stats, opt_state, average, window), loss
+
+
+def eval_step(
+    variables: Mapping[str, Any], totals: metrics.Totals, batch: Mapping[str, Array], *, run: Run
+) -> metrics.Totals:
+    """Adds a batch's loss (without smoothing), top-1 and top-5 to `totals`; padding counts nothing."""
+    prepared = run.prepare_eval(batch)
+    logits: Any = run.model.apply(variables, prepared["image"], train=False)
+    targets = metrics.soft_labels(prepared["label"], run.info.num_classes)
+    return totals + metrics.totals(logits, targets, metrics.cross_entropy(logits, targets), prepared["mask"])
+
+
+def all_finite(tree: Any) -> Array:
+    """Returns whether every floating-point number of `tree` is finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in floats])
+
+
+# A run: what the config names, built
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What does not change from step to step.
+
+    Attributes:
+      config: locked.
+      model: ``apply(variables, images, train=...)`` gives logits.
+      data: `aaconv.data`, or something with its ``info``, ``train_input`` and ``eval_input``.
+      info: of the data set: ``num_classes``, ``image_shape`` and so on.
+      mesh: one axis of devices.
+      train: the training input; None when only evaluating.
+      eval: the evaluation input.
+      plan: durations in steps; None when only evaluating.
+      optimizer: the optax chain; one without state when only evaluating.
+    """
+
+    config: ConfigDict
+    model: nn.Module
+    data: Any
+    info: Any
+    mesh: Mesh
+    train: Any
+    eval: Any
+    plan: optim.Plan | None
+    optimizer: Any
+
+    def prepare_train(self, batch: Any, key: Array, resident: Any) -> dict[str, Array]:
+        return self.train.prepare(batch, key, resident)
+
+    def prepare_eval(self, batch: Any) -> dict[str, Array]:
+        return self.eval.prepare(batch)
+
+    def abstract_state(self) -> TrainState:
+        """Returns shapes and shardings of the state, computing nothing."""
+        sharding = parallel.replicated(self.mesh)
+        shapes = jax.eval_shape(functools.partial(init_state, run=self), jax.random.key(0))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
+    """Builds the config's network: every ``model`` key that is set is an argument of it."""
+    overrides = {key: value for key, value in config.model.items() if key != "name" and value is not None}
+    return models.create(config.model.name, num_classes=num_classes, dtype=jnp.dtype(config.dtype), **overrides)
+
+
+def _build(config: ConfigDict, model: nn.Module | None, data: Any, *, training: bool) -> Run:
+    if data is None:
+        from aaconv import data
+    mesh = parallel.make_mesh(config.mesh.data)
+    parallel.check_batch("eval_batch_size", config.eval_batch_size, mesh)
+    best = config.checkpoint.best_metric
+    if best and best not in EVAL_METRICS:
+        raise ValueError(
+            f"checkpoint.best_metric={best!r} is not one of {', '.join(EVAL_METRICS)}; '' keeps only the last"
+        )
+    info = data.info(config)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    train_input = plan = None
+    optimizer = optim.no_optimizer()
+    if training:
+        parallel.check_batch("batch_size", config.batch_size, mesh)
+        train_input = data.train_input(config, **processes)
+        plan = optim.plan(config, train_input.steps_per_epoch)
+        optimizer = optim.optimizer(config, plan)
+    return Run(
+        config=config,
+        model=build_model(config, info.num_classes) if model is None else model,
+        data=data,
+        info=info,
+        mesh=mesh,
+        train=train_input,
+        eval=data.eval_input(config, **processes),
+        plan=plan,
+        optimizer=optimizer,
+    )
+
+
+# The loop
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    data: Any = None,
+    progress: metrics.Progress | None = None,
+) -> dict[str, float]:
+    """Trains, or continues what `workdir` holds, to the end of the config's run.
+
+    Writes ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and, where tensorboardX is
+    installed, ``tensorboard/``. A run that was stopped, by whatever means, and continued gives
+    the weights and rows of one that never stopped, bit for bit on the same devices.
+
+    Args:
+      config: from `aaconv.config.load`.
+      workdir: made if need be.
+      model: a network of one's own in the place of ``config.model``: a Linen module called
+        with ``(images, train=...)``.
+      data: a source of one's own in the place of `aaconv.data`: an object with its ``info``,
+        ``train_input`` and ``eval_input``.
+      progress: how it is shown; by default `metrics.progress`.
+
+    Returns:
+      The last values of each metric, with ``step`` and ``epoch``.
+
+    Raises:
+      ValueError: the config cannot be run, or `workdir` holds another run, or it cannot be
+        written; nothing in it was changed.
+      NonFiniteLossError: the loss, a gradient or a weight became nan or infinite.
+      Preempted: SIGTERM or SIGINT asked to stop; the state was saved.
+    """
+    workdir = checkpoints.check_writable(workdir)
+    progress = metrics.progress() if progress is None else progress
+    run = _build(config, model, data, training=True)
+    assert run.plan is not None
+    plan, total_steps = run.plan, run.plan.total_steps
+    abstract = run.abstract_state()
+    with contextlib.ExitStack() as stack:
+        # The past of the workdir.
+        stack.enter_context(checkpoints.lock(workdir))
+        _check_same_run(run, workdir, progress.note)
+        saver = stack.enter_context(
+            checkpoints.Checkpoints(
+                workdir, keep_last=config.checkpoint.keep_last, best_metric=config.checkpoint.best_metric
+            )
+        )
+        found = saver.restore(abstract.items(), explain=functools.partial(_explain, config), note=progress.note)
+        signals = stack.enter_context(_Signals())
+        iterator = iter(run.train)
+        stack.callback(getattr(iterator, "close", lambda: None))
+        if found is None:
+            start, state = 0, _fresh_state(run)
+        else:
+            start, items, meta = found
+            state = TrainState.from_items(items)
+            iterator.set_state(meta["data"])
+        _write_config(config, workdir)
+        log = stack.enter_context(metrics.Log(workdir, resume_step=start))
+        for row in log.rows:
+            saver.record(row["step"], row)
+        if start:
+            done = " which is its end: the run is complete" if start == total_steps else f" of {total_steps}"
+            progress.note(f"continuing {workdir} from step {start}{done}")
+        else:
+            progress.note(f"training in {workdir}: {optim.describe(plan)}, on {_count(run.mesh.size, 'device')}")
+
+        # What runs on the devices.
+        replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
+        resident = parallel.to_global(run.train.resident or {}, replicated)
+        empty_window = jax.jit(Window.empty, out_shardings=replicated)
+        is_finite = jax.jit(all_finite)
+        learning_rate = jax.jit(plan.learning_rate)
+        evaluator = _Evaluator(run)
+        clock = _Clock(config.batch_size, start)
+        step_fn: Callable[..., Any] | None = None
+        compile_seconds: float | None = None
+        in_flight: collections.deque[Array] = collections.deque()
+        step = checked = start
+
+        def check_finite() -> None:
+            nonlocal checked
+            if not is_finite(state):
+                saver.wait()
+                good = max(saver.steps(), default=None)
+                where = f"{workdir}/checkpoints/{good}" if good is not None else "none was saved yet"
+                raise NonFiniteLossError(
+                    f"nan or infinity in the loss, the gradient or the weights within steps [{checked + 1}, {step}]; "
+                    f"last good checkpoint: {where}. Lower schedule.learning_rate={config.schedule.learning_rate}, "
+                    "set optimizer.clip_norm or lengthen the warm-up, in a new workdir"
+                )
+            checked = step
+
+        def log_window() -> None:
+            nonlocal compile_seconds
+            window = jax.device_get(state.window)
+            means = state.window.totals.means("train")
+            values = {
+                "epoch": plan.epoch(step),
+                "train/loss": means["train/loss"],
+                "train/accuracy": means["train/accuracy"],
+                "optim/learning_rate": float(learning_rate(step - 1)),
+                "optim/grad_norm": float(window.grad_norm) / max(int(window.steps), 1),
+                "perf/images_per_sec": clock.images_per_sec(step),
+            }
+            if compile_seconds is not None:
+                values["perf/compile_seconds"] = compile_seconds
+                compile_seconds = None
+            log.write(step, values)
+            progress.show(step, values)
+
+        def evaluate_here() -> None:
+            values = evaluator(state.variables(), interrupted=lambda: signals.caught is not None)
+            if values is not None:
+                values = {"epoch": plan.epoch(step), **values}
+                log.write(step, values)
+                saver.record(step, values)
+                progress.show(step, values)
+
+        def is_evaluated() -> bool:
+            return any(row["step"] == step and "eval/loss" in row for row in log.rows)
+
+        def eval_due() -> bool:
+            return step > 0 and (step % plan.eval_every_steps == 0 or step == total_steps)
+
+        progress.start(start, total_steps)
+        stack.callback(progress.stop)
+        # Stopped during an evaluation: the state was saved without it.
+        if eval_due() and not is_evaluated():
+            evaluate_here()
+            if not is_evaluated():
+                raise Preempted(f"stopped by {signals.name} in the evaluation of step {step}; run it again")
+        while step < total_steps:
+            batch = parallel.to_global(next(iterator), split)
+            if step_fn is None:
+                began = time.monotonic()
+                step_fn = _compile_step(run, state, batch, resident)
+                compile_seconds = time.monotonic() - began
+                progress.note(f"compiled the step in {compile_seconds:.1f} s")
+                clock.restart(step)
+                if _asked_to_stop(signals, step):
+                    raise Preempted(f"stopped by {signals.name} at step {step}, before a new one; run it again")
+            state, loss = step_fn(state, batch, resident)
+            step += 1
+            progress.update(step)
+            # The host may run ahead of the devices, but not with an epoch of batches in their memory.
+            in_flight.append(loss)
+            if len(in_flight) > 2:
+                jax.block_until_ready(in_flight.popleft())
+            stop = _asked_to_stop(signals, step)
+            if step % config.log_every_steps == 0 or step == total_steps:
+                log_window()
+                check_finite()
+                state = state.replace(window=empty_window())
+            save_due = step % plan.checkpoint_every_steps == 0 or step == total_steps
+            if not (stop or save_due or eval_due()):
+                continue
+            check_finite()
+            with clock.paused():
+                if eval_due() and not stop:
+                    evaluate_here()
+                    stop = stop or _asked_to_stop(signals, step)
+                if stop or save_due or saver.improves(step):
+                    meta = {"data": iterator.get_state(), "config": _as_dict(config)}
+                    saver.save(step, state.items(), meta)
+            if stop and (step < total_steps or not is_evaluated()):
+                saver.wait()
+                raise Preempted(f"stopped by {signals.name}: saved step {step} of {total_steps}; run it again to go on")
+        saver.wait()
+        return _last_values(log.rows)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _fresh_state(run: Run) -> TrainState:
+    # Born on its devices. On a CPU the default optimisation level takes ten times as long to
+    # compile as the initialisation it speeds up (80 s for a ResNet-50).
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    init = jax.jit(
+        functools.partial(init_state, run=run),
+        out_shardings=parallel.replicated(run.mesh),
+        compiler_options=options,
+    )
+    return init(jax.random.key(run.config.seed))
+
+
+def _compile_step(run: Run, state: TrainState, batch: Any, resident: Any) -> Callable[..., Any]:
+    replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
+    step = jax.jit(
+        functools.partial(train_step, run=run),
+        in_shardings=(replicated, split, replicated),
+        out_shardings=(replicated, replicated),
+        donate_argnums=0,
+    )
+    # Ahead of time: compiling is timed by itself, and a change of shapes is an error, not a recompilation.
+    return step.lower(state, batch, resident).compile()
+
+
+class _Evaluator:
+    """Runs the evaluation set; compiles once."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._replicated, self._split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
+        self._step = jax.jit(
+            functools.partial(eval_step, run=run),
+            in_shardings=(self._replicated, self._replicated, self._split),
+            out_shardings=self._replicated,
+            donate_argnums=1,
+        )
+        self._zeros = jax.jit(metrics.Totals.zeros, out_shardings=self._replicated)
+
+    def __call__(
+        self, variables: Mapping[str, Any], interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        totals = self._zeros()
+        for batch in self._run.eval:
+            # With several processes all must do the same number of batches.
+            if jax.process_count() == 1 and interrupted():
+                return None
+            totals = self._step(variables, totals, parallel.to_global(batch, self._split))
+        if not float(totals.count):
+            raise ValueError(
+                f"data.eval_split={self._run.config.data.eval_split!r} of {self._run.config.data.name!r} holds no "
+                "examples: name a split that does"
+            )
+        return totals.means("eval")
+
+
+class _Clock:
+    """Images a second since the last reading, without compilation and pauses."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self._batch_size = batch_size
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._began, self._away = step, time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._away += time.monotonic() - began
+
+    def images_per_sec(self, step: int) -> float:
+        seconds = time.monotonic() - self._began - self._away
+        rate = (step - self._step) * self._batch_size / max(seconds, 1e-9)
+        self.restart(step)
+        return rate
+
+
+class _Signals:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.caught or signal.SIGTERM).name
+
+    def __enter__(self) -> _Signals:
+        # Only the main thread may; and with several processes SIGTERM belongs to jax.distributed, which
+        # has them agree on the step to stop at.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.caught == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = number
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _asked_to_stop(signals: _Signals, step: int) -> bool:
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(step)
+    return signals.caught is not None
+
+
+def _last_values(rows: list[dict[str, Any]]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for row in rows:
+        values.update(row)
+    return values
+
+
+# The same run or another
+
+
+_CONTINUABLE = (
+    "num_epochs num_steps log_every_steps eval_every_epochs eval_batch_size checkpoint. mesh. "
+    "data.data_dir data.num_workers data.placement"
+).split()
+"""Keys, or groups of them, that may change between a run's parts: they do not alter what an update does."""
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the config as it is written to ``config.json``."""
+    return json.dumps(_as_dict(config), indent=2) + "\n"
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+    if jax.process_index() == 0:
+        beside = workdir / "config.tmp"
+        beside.write_text(to_json(config))
+        beside.replace(workdir / "config.json")
+
+
+def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns ``{dotted key: (old value, new value)}`` where two configs, as read from JSON, differ."""
+    old, new = _flat(old), _flat(new)
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _check_same_run(run: Run, workdir: Path, note: Callable[[str], None]) -> None:
+    with checkpoints.Checkpoints(workdir, read_only=True) as saved:
+        if not saved.steps():
+            return  # Nothing was trained that could be lost.
+        try:
+            before = json.loads((workdir / "config.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return  # Removed by somebody; restoring compares the trees.
+    changes = config_changes(before, _as_dict(run.config))
+    if not changes:
+        return
+    assert run.plan is not None
+    others = [key for key in changes if not key.startswith(tuple(_CONTINUABLE))]
+    if others:
+        raise ValueError(
+            f"{workdir} holds a run of another config ({_say(changes, others)}): name a new --workdir, or set these "
+            "keys back to continue it"
+        )
+    length = [key for key in changes if key in ("num_epochs", "num_steps")]
+    if length:
+        epochs, number = before.get("num_epochs"), before.get("num_steps")
+        total = number if number is not None else round(epochs * run.plan.steps_per_epoch)
+        if run.plan.total_steps < total:
+            raise ValueError(
+                f"{workdir} holds a longer run ({_say(changes, length)}, that is {total} steps and now "
+                f"{run.plan.total_steps}): a run may be lengthened, not cut; name a new --workdir"
+            )
+    stretched = "; the learning rate follows the new length from here" if length else ""
+    note(f"continuing with a changed config: {_say(changes, changes)}{stretched}")
+
+
+def _explain(config: ConfigDict, meta: Mapping[str, Any]) -> str:
+    changes = config_changes(meta.get("config", {}), _as_dict(config))
+    keys = [key for key in changes if not key.startswith(tuple(_CONTINUABLE))]
+    if not keys:
+        return "\nno config key differs, so the network's code changed since: use the version that saved it"
+    return f"\nconfig keys that differ: {_say(changes, keys)}; set them back, or name another --workdir"
+
+
+def _say(changes: Mapping[str, tuple[Any, Any]], keys: Any) -> str:
+    return ", ".join(f"{key} was {changes[key][0]!r}, is {changes[key][1]!r}" for key in keys)
+
+
+def _as_dict(config: ConfigDict) -> dict[str, Any]:
+    # Through JSON, which knows no tuples: what is compared is what can be read back.
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+# After training
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A trained network: ``model.apply(variables, images, train=False)``.
+
+    Attributes:
+      model: the network.
+      variables: its weights, or their moving averages when the config has them.
+      info: of the data set.
+      config: the one it was restored with.
+      step: completed updates.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    info: Any
+    config: ConfigDict
+    step: int
+
+
+def restore(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    which: str = "newest",
+    model: nn.Module | None = None,
+    data: Any = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Restored:
+    """Restores a trained network from a workdir, which it does not change.
+
+    Args:
+      config: of the run; only what shapes the network must agree with it.
+      workdir: of the run.
+      which: ``newest``, or ``best`` by ``checkpoint.best_metric``.
+      model: as for `train`.
+      data: as for `train`.
+      note: gets a line when a damaged checkpoint is passed over.
+
+    Raises:
+      ValueError: there is no checkpoint, none can be read, or it is of another network; the
+        message lists the differences.
+    """
+    if data is None:
+        from aaconv import data
+    info = data.info(config)
+    model = build_model(config, info.num_classes) if model is None else model
+    return _restore(config, workdir, which, model, info, parallel.make_mesh(1), note)
+
+
+def evaluate(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    which: str = "newest",
+    model: nn.Module | None = None,
+    data: Any = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, float]:
+    """Evaluates a workdir's network on ``data.eval_split``; arguments and errors as of `restore`.
+
+    Returns:
+      ``step``, ``eval/loss``, ``eval/accuracy``, ``eval/top5``, over each example exactly once.
+    """
+    run = _build(config, model, data, training=False)
+    restored = _restore(config, workdir, which, run.model, run.info, run.mesh, note)
+    values = _Evaluator(run)(restored.variables)
+    assert values is not None
+    return {"step": restored.step, **values}
+
+
+def _restore(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    which: str,
+    model: nn.Module,
+    info: Any,
+    mesh: Mesh,
+    note: Callable[[str], None],
+) -> Restored:
+    if which not in ("newest", "best"):
+        raise ValueError(f"which={which!r} is not one of newest, best")
+    best_metric = config.checkpoint.best_metric
+    with checkpoints.Checkpoints(workdir, best_metric=best_metric, read_only=True) as saved:
+        if not saved.steps():
+            raise ValueError(
+                f"no checkpoint in {str(Path(workdir).absolute() / 'checkpoints')!r}: train with this --workdir "
+                "first, or name the workdir of a run"
+            )
+        for row in metrics.read_rows(workdir):
+            saved.record(row["step"], row)
+        step = saved.best_step() if which == "best" else None
+        run = Run(config, model, None, info, mesh, None, None, None, optim.no_optimizer())
+        abstract = {"model": run.abstract_state().items()["model"]}
+        found = saved.restore(abstract, step=step, explain=functools.partial(_explain, config), note=note)
+    assert found is not None
+    step, items, _ = found
+    weights = items["model"]
+    variables = weights["ema"] or {"params": weights["params"], "batch_stats": weights["batch_stats"]}
+    return Restored(model, variables, info, config, step)

@@ -1,0 +1,39 @@
+"""What every test runs under: eight simulated CPU devices, strict shapes, and where the real data lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# In the environment, before jax is imported, so that the processes which tests start have it too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else an installed libtpu or CUDA plugin is probed
+# Many tests compile the same step in another process. One folder a worker: jax writes its files in
+# place, and another worker could read half of one.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).resolve().parents[1] / ".pytest_cache/jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone")),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax
+import pytest
+from absl import flags
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # grain reads absl flags, which refuse to be read before somebody has parsed them.
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> str:
+    """The folder of prepared TFDS data sets; the test is skipped where there is none."""
+    folder = Path(os.environ.get("TFDS_DATA_DIR") or REPOSITORY.parent / "shared" / "tfds")
+    if not folder.is_dir():
+        pytest.skip(f"no prepared data sets at {folder}: set TFDS_DATA_DIR to a folder of TFDS data sets")
+    return str(folder)
