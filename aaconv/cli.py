@@ -1,0 +1,758 @@
+"""The ``aaconv`` command: train, eval, show, predict, prepare, version.
+
+Results go to standard output, progress and remarks to standard error. Exit codes: 0 done;
+2 wrong input; 3 the loss became nan or infinite; 75 stopped after saving, the same command
+goes on; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aaconv.errors import close_matches
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from aaconv.config import ConfigDict
+    from aaconv.data import DatasetInfo
+    from aaconv.models.summary import Attention, Summary
+    from aaconv.train import Restored
+
+OK, WRONG_INPUT, NOT_FINITE, STOPPED, INTERRUPTED = 0, 2, 3, 75, 130
+EXTRAS = {  # the extra that brings a package, by the name it is imported by
+    **dict.fromkeys(
+        "absl array_record etils grain ml_collections optax orbax PIL sklearn tensorflow_datasets".split(), "train"
+    ),
+    "matplotlib": "plots",
+    "tensorflow": "prepare",
+}
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+def run() -> None:
+    """Entry point of the ``aaconv`` script."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this, Python complains while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = OK
+    sys.exit(code)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+      argv: what follows ``aaconv``.
+
+    Returns:
+      The exit code.
+    """
+    debug = os.environ.get("AACONV_DEBUG", "") not in ("", "0")
+    try:
+        command, arguments = _parse(argv)
+        debug = debug or arguments.debug
+        return command(arguments)
+    except KeyboardInterrupt:
+        _say("aaconv: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        code = _exit_code(error)
+        if debug or code is None:
+            traceback.print_exc()
+        if code is None:
+            _say("aaconv: this is a bug, the lines above say where")
+            return 1
+        _say(f"aaconv: {'' if code == STOPPED else 'error: '}{_message(error)}")
+        return code
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Returns the code of an error that its message alone explains, else None."""
+    if isinstance(error, ImportError):
+        return WRONG_INPUT if (error.name or "").partition(".")[0] in EXTRAS else None
+    train = sys.modules.get("aaconv.train")  # not loaded, then it raised nothing
+    if train is not None and isinstance(error, train.NonFiniteLossError):
+        return NOT_FINITE
+    if train is not None and isinstance(error, train.Preempted):
+        return STOPPED
+    return WRONG_INPUT if isinstance(error, ValueError | NotImplementedError | OSError) else None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        return f"this needs {package}, which is not installed: run  pip install 'aaconv[{EXTRAS[package]}]'"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return str(error)
+
+
+# Arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="aaconv",
+        description="Attention-augmented convolution: train networks, look into them, use them.",
+        epilog="`aaconv COMMAND --help` says more of a command.",
+    )
+    groups = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    commands: dict[str, _Parser] = {}
+
+    def add(name: str, function: Callable[[Any], int], help: str, *, config: str = "", workdir: str = "") -> _Parser:
+        epilog = (
+            "Any key of the config can be set: --config.KEY=VALUE or --config.KEY VALUE, for example "
+            "--config.model.num_heads=4 --config.model.stages=2,3. `aaconv show` lists the keys."
+        )
+        command = groups.add_parser(name, help=help, description=help, epilog=epilog if config else None)
+        command.set_defaults(function=function)
+        command.add_argument("--debug", action="store_true", help="show where an error comes from")
+        if config:
+            command.add_argument("--config", metavar="FILE[:ARGUMENT]", help=config)
+        if workdir:
+            command.add_argument("--workdir", metavar="DIR", help=workdir)
+        commands[name] = command
+        return command
+
+    own = "config file; left out: the config.json in --workdir"
+    train = add(
+        "train",
+        _train,
+        "Train a network, or go on where the workdir's last checkpoint stands.",
+        config="config file, e.g. configs/digits.py",
+        workdir="folder of the run: config, metrics, checkpoints and pictures",
+    )
+    train.add_argument(
+        "--maps", type=_whole, default=0, metavar="N", help="at the end, draw N test images' attention maps"
+    )
+    evaluate = add(
+        "eval", _eval, "Evaluate a checkpoint on the config's data.eval_split.", config=own, workdir="folder of the run"
+    )
+    show = add(
+        "show",
+        _show,
+        "Print the resolved config, parameters and FLOPs by stage, and what attends where.",
+        config="config file, e.g. configs/digits.py",
+        workdir="instead of --config: the folder of a run",
+    )
+    show.add_argument("--layers", action="store_true", help="every layer, not only the stages")
+    predict = add("predict", _predict, "Classify image files.", config=own, workdir="folder of the run")
+    predict.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    predict.add_argument("--top", type=_whole, default=5, metavar="K", help="classes to print (default: 5)")
+    predict.add_argument(
+        "--maps", metavar="PATH", help="draw attention maps into this .png file, or one file an image into this folder"
+    )
+    predict.add_argument(
+        "--layer", metavar="NAME", help="the layer whose maps are drawn (default: the last of the largest maps)"
+    )
+    predict.add_argument(
+        "--query",
+        type=_point,
+        action="append",
+        metavar="DOWN,ACROSS",
+        help="a pixel to look from, both numbers from 0 to 1; may be repeated (default: three points)",
+    )
+    for command in (evaluate, predict):
+        command.add_argument(
+            "--checkpoint", default="newest", choices=("newest", "best"), help="which one (default: newest)"
+        )
+    prepare = add("prepare", _prepare, "Prepare a TFDS data set, or the digits, for training.")
+    prepare.add_argument("name", nargs="?", metavar="NAME", help="e.g. digits, cifar100, tf_flowers")
+    prepare.add_argument(
+        "--data-dir", metavar="DIR", help="where to (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
+    )
+    add("version", _version, "Print the versions of aaconv and of what it runs on.")
+    return parser, commands
+
+
+def _parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], argparse.Namespace]:
+    parser, commands = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        raise UsageError(f"no command: give one of {', '.join(commands)}")
+    if argv[0] == "--version":
+        argv = ["version"]
+    if argv[0] not in commands and argv[0] not in ("-h", "--help"):
+        near = close_matches(argv[0], commands) or f": give one of {', '.join(commands)}"
+        raise UsageError(f"unknown command {argv[0]!r}{near}")
+    rest, overrides = _take_overrides(argv)
+    arguments, unknown = parser.parse_known_args(rest)
+    if unknown:
+        flags = [flag for action in commands[argv[0]]._actions for flag in action.option_strings]
+        raise UsageError(_unknown(unknown[0], argv[0], flags))
+    arguments.overrides = overrides
+    if overrides and not hasattr(arguments, "config"):
+        raise UsageError(f"`aaconv {argv[0]}` takes no config: leave out --config.{overrides[0]}")
+    return arguments.function, arguments
+
+
+def _take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits ``--config.KEY=VALUE`` and ``--config.KEY VALUE`` from the rest."""
+    rest, overrides, waiting = [], [], list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        override = word.removeprefix("--config.")
+        # A value may be negative, but not a flag.
+        if "=" not in override and waiting and not waiting[0].startswith("--"):
+            override = f"{override}={waiting.pop(0)}"
+        if "=" not in override:
+            raise UsageError(f"{word} has no value: write {word}=VALUE (true or false for a switch)")
+        overrides.append(override)
+    return rest, overrides
+
+
+def _unknown(word: str, command: str, flags: Iterable[str]) -> str:
+    if not word.startswith("-"):
+        config = word.partition(":")[0].endswith(".py")
+        hint = f"did you mean --config {word}?" if config else f"see `aaconv {command} --help`"
+        return f"`aaconv {command}` does not take {word!r}; {hint}"
+    name = word.partition("=")[0]
+    from aaconv import config
+
+    keys = config.keys()
+    asked = name.removeprefix("--")
+    same = [key for key in keys if asked in (key, key.rpartition(".")[2])]
+    if same and "--config" in flags:
+        return f"unknown flag {name}; did you mean {' or '.join(f'--config.{key}' for key in same)}?"
+    near = difflib.get_close_matches(name, list(flags), n=2, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; see `aaconv {command} --help`"
+    return f"unknown flag {name} of `aaconv {command}`{hint}"
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
+def _point(text: str) -> tuple[float, float]:
+    try:
+        down, across = (float(part) for part in text.split(","))
+    except ValueError:
+        down = across = -1.0
+    if not (0 <= down <= 1 and 0 <= across <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers from 0 to 1, down and across, such as 0.5,0.25")
+    return down, across
+
+
+def _load_config(arguments: argparse.Namespace, *, or_workdir: bool) -> ConfigDict:
+    from aaconv import config
+
+    path = arguments.config
+    if path is None and or_workdir and arguments.workdir:
+        path = str(Path(arguments.workdir) / "config.json")
+        if not Path(path).is_file():
+            raise ValueError(
+                f"--workdir {arguments.workdir} has no config.json: name the folder of a run, or a --config"
+            )
+    if path is None:
+        both = " or --workdir DIR" if or_workdir else ""
+        raise UsageError(f"--config is missing: name a config file{both}, e.g. --config configs/digits.py")
+    return config.load(path, arguments.overrides)
+
+
+def _need_workdir(arguments: argparse.Namespace) -> str:
+    if not arguments.workdir:
+        raise UsageError("--workdir is missing: name the folder of the run, e.g. --workdir runs/digits")
+    return arguments.workdir
+
+
+# Commands
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments, or_workdir=False)
+    workdir = _need_workdir(arguments)
+    if arguments.maps:
+        from aaconv import plots
+
+        plots.check_installed()
+
+        _choose_layer(config, _info(config), None)
+    from aaconv import train
+
+    result = train.train(config, workdir)
+    if _is_first_process():
+        _print_result(config, workdir, result)
+        _draw(arguments.maps, config, workdir)
+    return OK
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    workdir = _need_workdir(arguments)
+    config = _load_config(arguments, or_workdir=True)
+    from aaconv import train
+
+    values = train.evaluate(config, workdir, which=arguments.checkpoint, note=_say)
+    if _is_first_process():
+        _print_pairs(
+            [
+                ("checkpoint", os.path.join(workdir, "checkpoints", str(values["step"]))),
+                ("data set", config.data.name),
+                *_spoken_metrics(values, config.data.eval_split),
+            ]
+        )
+    return OK
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    if arguments.name is None:
+        raise UsageError("NAME is missing: name a data set, e.g. `aaconv prepare cifar100`")
+    from aaconv import data
+
+    print(data.prepare(arguments.name, arguments.data_dir))
+    return OK
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    import platform
+    from importlib import metadata
+
+    import aaconv
+
+    print(f"aaconv {aaconv.__version__}")
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+    print(f"Python {platform.python_version()}")
+    return OK
+
+
+# What training leaves
+
+
+def _print_result(config: ConfigDict, workdir: str, result: dict[str, float]) -> None:
+    from aaconv import checkpoints, metrics
+
+    pairs = [("trained", f"{result['step']} steps, {result['epoch']:g} epochs")]
+    pairs += _spoken_metrics(result, config.data.eval_split)
+    with checkpoints.Checkpoints(workdir, best_metric=config.checkpoint.best_metric, read_only=True) as saved:
+        for row in metrics.read_rows(workdir):
+            saved.record(row["step"], row)
+        newest, best = max(saved.steps()), saved.best_step()
+    pairs.append(("checkpoint", os.path.join(workdir, "checkpoints", str(newest))))
+    if best is not None and best != newest:
+        pairs.append(("best checkpoint", os.path.join(workdir, "checkpoints", str(best))))
+    pairs.append(("metrics", os.path.join(workdir, "metrics.jsonl")))
+    _print_pairs(pairs)
+
+
+def _draw(num_maps: int, config: ConfigDict, workdir: str) -> None:
+    from aaconv import metrics, plots
+
+    title = f"{config.model.name} on {config.data.name}"
+    softened = [name for name in ("label_smoothing", "mixup_alpha") if config.loss[name]]
+    if softened:
+        # It explains why the training loss lies above the test loss.
+        title += f" (training loss with {' and '.join(f'{name}={config.loss[name]}' for name in softened)})"
+    try:
+        pairs = [("curves", plots.curves(metrics.read_rows(workdir), Path(workdir) / "curves.png", title=title))]
+    except ImportError:
+        # The run is trained and saved; that there is no picture of it is no failure.
+        _say("no picture of the curves: run  pip install 'aaconv[plots]'  and the same command again")
+        return
+    if num_maps:
+        path = Path(workdir) / "attention.png"
+        pairs.append(("attention maps", _draw_test_maps(num_maps, config, workdir, path)))
+    _print_pairs(pairs)
+
+
+def _draw_test_maps(number: int, config: ConfigDict, workdir: str, path: Path) -> str:
+    import numpy as np
+
+    from aaconv import data, plots, train
+
+    restored = train.restore(config, workdir, note=_say)
+    layer = _choose_layer(config, restored.info, None)
+    network = _Network(restored, layer)
+    batch = next(iter(data.eval_input(config)))
+    images, labels = batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+    chosen = _varied(labels)[:number]
+    names = restored.info.label_names
+    captions, maps = [], []
+    for index in chosen:
+        probabilities, weights = network.look(images[index])
+        maps.append(weights)
+        guess = int(probabilities.argmax())
+        captions.append(
+            f"test image {index}: {names[labels[index]]}, taken for {names[guess]} ({_percent(probabilities[guess])})"
+        )
+    title = _maps_title(f"{config.model.name} on {config.data.name}, step {restored.step}", layer)
+    return plots.attention_maps(list(images[chosen]), np.stack(maps), path, captions=captions, title=title)
+
+
+def _varied(labels: np.ndarray) -> np.ndarray:
+    """Returns the indices in an order where each class comes once before any comes again."""
+    import numpy as np
+
+    turns = [int(np.sum(labels[:i] == label)) for i, label in enumerate(labels)]
+    return np.argsort(turns, kind="stable")
+
+
+def _maps_title(start: str, layer: Attention) -> str:
+    return f"{start}, {layer.path} ({_size(layer.attends_at)})"
+
+
+# Prediction
+
+
+class _Network:
+    """A restored network as a function of one uint8 image.
+
+    Args:
+      restored: as of `aaconv.train.restore`.
+      layer: whose attention maps `look` returns.
+    """
+
+    def __init__(self, restored: Restored, layer: Attention | None = None) -> None:
+        import jax
+
+        from aaconv.data import augment
+
+        config = restored.config
+
+        def logits_of(variables: Any, image: Any, **kwargs: Any) -> Any:
+            images = augment.normalise(image[None], config.data.mean, config.data.std)
+            return restored.model.apply(variables, images, train=False, **kwargs)
+
+        def classify(variables: Any, image: Any) -> Any:
+            return jax.nn.softmax(logits_of(variables, image)[0])
+
+        def look(variables: Any, image: Any) -> Any:
+            logits, sown = logits_of(variables, image, mutable=["intermediates"])
+            found = sown["intermediates"]
+            assert layer is not None
+            for name in layer.path.split("/"):
+                found = found[name]
+            # Of the other layers' maps nothing is kept, so the compiler leaves them out.
+            return jax.nn.softmax(logits[0]), found["attention_weights"][0][0]
+
+        self._variables = restored.variables
+        self._classify = jax.jit(classify)
+        self._look = jax.jit(look)
+
+    def classify(self, image: np.ndarray) -> np.ndarray:
+        """Returns the probabilities of the classes, float32."""
+        import numpy as np
+
+        return np.asarray(self._classify(self._variables, image))
+
+    def look(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the probabilities, and the layer's attention weights ``(n, h, w, h, w)``."""
+        import numpy as np
+
+        probabilities, weights = self._look(self._variables, image)
+        return np.asarray(probabilities), np.asarray(weights)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    workdir = _need_workdir(arguments)
+    config = _load_config(arguments, or_workdir=True)
+    if not arguments.images:
+        raise UsageError("no image files: name at least one after the flags")
+    for flag in ("layer", "query"):
+        if getattr(arguments, flag) and not arguments.maps:
+            raise UsageError(f"--{flag} chooses what --maps draws: add --maps attention.png")
+    if arguments.maps:
+        from aaconv import plots
+
+        plots.check_installed()
+    from aaconv import data, train
+
+    info = _info(config)
+    layer = _choose_layer(config, info, arguments.layer) if arguments.maps else None
+    source = argparse.Namespace(info=lambda config: info)
+    restored = train.restore(config, workdir, which=arguments.checkpoint, data=source, note=_say)
+    network = _Network(restored, layer)
+    drawn: list[_Drawn] = []
+    wrong = []
+    for file in arguments.images:
+        try:
+            image = data.preprocess_image(config, data.load_image(config, file), info)
+        except ValueError as error:
+            _say(f"aaconv: error: {error}")
+            wrong.append(file)
+            continue
+        if layer is not None:
+            probabilities, weights = network.look(image)
+            best = int(probabilities.argmax())
+            caption = f"{Path(file).name}: {info.label_names[best]} ({_percent(probabilities[best])})"
+            drawn.append(_Drawn(file, image, caption, weights))
+        else:
+            probabilities = network.classify(image)
+        print(file)
+        for label in probabilities.argsort()[::-1][: arguments.top]:
+            print(f"  {_percent(probabilities[label]):>7}  {info.label_names[label]}")
+    if layer is not None and drawn:
+        title = _maps_title(f"{config.model.name}, step {restored.step}", layer)
+        for path in _draw_predictions(drawn, Path(arguments.maps), arguments.query, title):
+            print(f"attention maps  {path}")
+    if wrong:
+        whole = len(arguments.images) - len(wrong)
+        _say(f"aaconv: {len(wrong)} of {len(arguments.images)} images could not be read; {whole} classified")
+        return WRONG_INPUT
+    return OK
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    file: str
+    image: np.ndarray
+    caption: str
+    weights: np.ndarray
+
+
+def _draw_predictions(drawn: list[_Drawn], target: Path, queries: Any, title: str) -> list[str]:
+    import numpy as np
+
+    from aaconv import plots
+
+    single = target.suffix.lower() == ".png"
+    folder = target.parent if single else target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--maps {target} cannot be written: {error.strerror}; name another place") from error
+    pictures = {target: drawn} if single else {_own_name(target, one, drawn): [one] for one in drawn}
+    return [
+        plots.attention_maps(
+            [one.image for one in shown],
+            np.stack([one.weights for one in shown]),
+            path,
+            captions=[one.caption for one in shown],
+            queries=queries or plots.QUERIES,
+            title=title,
+        )
+        for path, shown in pictures.items()
+    ]
+
+
+def _own_name(folder: Path, one: _Drawn, drawn: list[_Drawn]) -> Path:
+    # Two files of one name from different folders must not share a picture.
+    same = [other for other in drawn if Path(other.file).stem == Path(one.file).stem]
+    number = next(i for i, other in enumerate(same, 1) if other is one)
+    return folder / f"{Path(one.file).stem}_attention{f'_{number}' if len(same) > 1 else ''}.png"
+
+
+def _choose_layer(config: ConfigDict, info: DatasetInfo, name: str | None) -> Attention:
+    """Returns the layer of that name; by default the last of those that attend over the largest map."""
+    layers = {layer.path: layer for layer in _summary(config, info).attention}
+    if not layers:
+        raise ValueError(f"{config.model.name} has no attention to draw: leave --maps out")
+    if name is None:
+        return max(reversed(layers.values()), key=lambda layer: math.prod(layer.attends_at))
+    for path, layer in layers.items():
+        if name in (path, path.rpartition("/")[0]):
+            return layer
+    near = close_matches(name, layers) or f"; it is one of {', '.join(layers)}"
+    raise ValueError(f"--layer {name} does not attend{near}")
+
+
+# What a config makes
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments, or_workdir=True)
+    info = _info(config)
+    summary = _summary(config, info)
+    from rich.text import Text
+
+    console = _console()
+    console.print(Text(f"config {arguments.config or arguments.workdir}", style="bold"))
+    _print_config(console, config)
+
+    h, w, c = info.image_shape
+    images = (
+        f"{info.num_train:,} training and {info.num_eval:,} test images"
+        if info.num_train
+        else f"not prepared here; `aaconv prepare {info.name}` does that"
+    )
+    console.print()
+    console.print(Text(f"{config.model.name} for {h}x{w}x{c} images, {info.num_classes} classes", style="bold"))
+    console.print(Text(f"data set {info.name}: {images}"))
+    console.print()
+    stages = _table("stage", "output", "parameters", "share", "MFLOPs", "share")
+    for stage, (parameters, flops, shape) in summary.by_stage().items():
+        stages.add_row(stage, _size(shape), *_counts(parameters, flops, summary))
+    stages.add_section()
+    stages.add_row("all", "", *_counts(summary.parameters, summary.flops, summary))
+    console.print(stages)
+    console.print(
+        Text("FLOPs for one image: 2 for a multiply-add in a convolution or projection, 1 in attention's products")
+    )
+    if arguments.layers:
+        console.print()
+        layers = _table("layer", "kind", "output", "parameters", "share", "MFLOPs", "share", text=3)
+        for layer in summary.layers:
+            counts = _counts(layer.parameters, layer.flops, summary)
+            layers.add_row(layer.path, layer.kind, _size(layer.output_shape), *counts)
+        console.print(layers)
+    console.print()
+    if not summary.attention:
+        console.print(Text("nothing attends: upsilon is 0"))
+        return OK
+    attention = _table(
+        "attends", "in", "over", "out", "heads", "key", "value", "conv", "positions", "maps (MB)", text=4
+    )
+    for layer in summary.attention:
+        attention.add_row(
+            layer.path.removesuffix("/attention"),
+            _size(layer.layer_input),
+            _size(layer.attends_at),
+            _size(layer.layer_output),
+            str(layer.num_heads),
+            str(layer.key_depth),
+            str(layer.value_depth),
+            str(layer.conv_features),
+            layer.position_encoding,
+            f"{layer.map_bytes / 1e6:,.2f}",
+        )
+    console.print(attention)
+    used = ", ".join(dict.fromkeys(layer.implementation for layer in summary.attention))
+    console.print(
+        Text(f"key, value, conv: channels over all heads; maps: one image's weights if they are stored; by {used!r}")
+    )
+    return OK
+
+
+def _print_config(console: Console, config: ConfigDict) -> None:
+    from rich.text import Text
+
+    from aaconv import config as config_lib
+
+    default = config_lib.default_config()
+
+    def lines(group: Any, usual: Any, indent: str) -> Iterable[tuple[str, str, bool]]:
+        for key, value in group.items():
+            if hasattr(value, "items"):
+                yield f"{indent}{key}:", "", True
+                yield from lines(value, usual[key], indent + "  ")
+            else:
+                changed = value != usual[key]
+                yield f"{indent}{key} = {value!r}", f"default {usual[key]!r}" if changed else "", changed
+
+    rows = list(lines(config, default, "  "))
+    width = max(len(text) for text, remark, _ in rows if remark) if any(r for _, r, _ in rows) else 0
+    for text, remark, changed in rows:
+        line = Text(f"{text:{width}}  # {remark}" if remark else text, style="" if changed else "dim")
+        console.print(line, soft_wrap=True)
+
+
+def _counts(parameters: int, flops: int, summary: Summary) -> tuple[str, str, str, str]:
+    return (
+        f"{parameters:,}",
+        _percent(parameters / max(summary.parameters, 1)),
+        f"{flops / 1e6:,.2f}",
+        _percent(flops / max(summary.flops, 1)),
+    )
+
+
+def _table(*columns: str, text: int = 2) -> Table:
+    """Returns a table whose first `text` columns are words and the others numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        # Where the terminal is narrow the first column folds; a number is never broken.
+        table.add_column(
+            name,
+            justify="left" if index < text else "right",
+            no_wrap=index > 0,
+            overflow="fold" if index == 0 else "ellipsis",
+        )
+    return table
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A file or a pipe has no width: whatever reads it wants whole lines.
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+
+
+# Shared
+
+
+def _info(config: ConfigDict) -> DatasetInfo:
+    """Describes the data set, also one that is not prepared here: looking and predicting need no examples."""
+    from aaconv import data
+    from aaconv.data import declared
+
+    try:
+        return data.info(config)
+    except ValueError as error:
+        if "is not prepared" not in str(error):
+            raise
+        return declared.declared_info(config)
+
+
+def _summary(config: ConfigDict, info: DatasetInfo) -> Summary:
+    from aaconv import train
+    from aaconv.models import summary
+
+    return summary.summarise(train.build_model(config, info.num_classes), info.image_shape)
+
+
+def _is_first_process() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _spoken_metrics(values: dict[str, float], split: str) -> list[tuple[str, str]]:
+    forms = {"accuracy": "{:.2%}", "top5": "{:.2%}", "loss": "{:.4f}"}
+    return [
+        (f"{split} {name.replace('top5', 'top-5')}", form.format(values[f"eval/{name}"]))
+        for name, form in forms.items()
+        if f"eval/{name}" in values
+    ]
+
+
+def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    for name, value in pairs:
+        print(f"{name:15} {value}")
+
+
+def _percent(share: Any) -> str:
+    return f"{100 * float(share):.1f}%"
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
