@@ -1,4 +1,4 @@
-# make demo   trains a small attention-augmented network on handwritten digits, in about three minutes
+# make demo   trains a small attention-augmented network on handwritten digits, less than three minutes of training
 # make test   runs the tests
 # make lint   checks the format, the style and the types
 # make setup  only makes the environment, which the others make when they need it

@@ -9,18 +9,20 @@ behind the next steps, and a checkpoint appears under its name only when it is w
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import importlib.metadata
+import logging
 import math
 import os
 import platform
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +30,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 ITEMS = ("model", "training")
+_T = TypeVar("_T")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SYSTEM = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Checkpoints:
@@ -53,8 +58,10 @@ class Checkpoints:
         self._best_metric = best_metric
         self._values: dict[int, float] = {}
         self._read_only = read_only
+        self._quiet = contextlib.ExitStack()
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._quiet.enter_context(_quiet_threads())
         # Not orbax's own read_only, which warns that it does what it was asked to.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep_last, self.best_step),
@@ -120,7 +127,8 @@ class Checkpoints:
 
         The devices need not be those it was saved from. One that is truncated or half-written
         is passed over, with a note that names it and the one used instead; when not read-only
-        it is also moved to ``damaged_checkpoints/``, out of the way of the step's next save.
+        it is also moved to ``damaged_checkpoints/``, out of the way of the step's next save. An
+        error of the system (permissions, open files, memory) is no damage and is raised.
 
         Args:
           abstract: trees of `jax.ShapeDtypeStruct` with shardings, for some of `ITEMS`.
@@ -140,21 +148,20 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for candidate in candidates:
             try:
-                meta = self.meta(candidate)
-                saved = {name: meta["tree"][name] for name in abstract}
-            except Exception as error:  # Whatever a broken file raises: the one before is tried.
-                damaged[candidate] = _first_line(error)
+                meta = _read_twice(lambda step=candidate: self._read_meta(step, abstract))
+            except _Damaged as error:  # The one before is tried.
+                damaged[candidate] = str(error)
                 continue
-            difference = compare_trees(saved, {name: describe_tree(tree) for name, tree in abstract.items()})
+            difference = compare_trees(meta["tree"], {name: describe_tree(tree) for name, tree in abstract.items()})
             if difference:
                 raise ValueError(
                     f"checkpoint {self._folder / str(candidate)} does not fit this config's model "
                     f"(- saved, + wanted):\n{difference}{explain(meta)}"
                 )
             try:
-                items = self._read(candidate, abstract, meta["crc32"])
-            except Exception as error:
-                damaged[candidate] = _first_line(error)
+                items = _read_twice(lambda step=candidate, sums=meta["crc32"]: self._read(step, abstract, sums))
+            except _Damaged as error:
+                damaged[candidate] = str(error)
                 continue
             for broken, reason in damaged.items():
                 note(
@@ -177,9 +184,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and lets go; harmless when called again."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        manager, self._manager = self._manager, None
+        with self._quiet:
+            if manager is not None:
+                manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -187,11 +195,17 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _read_meta(self, step: int, names: Iterable[str]) -> dict[str, Any]:
+        meta = self.meta(step)
+        missing = [name for name in names if name not in meta["tree"] or name not in meta["crc32"]]
+        if missing:
+            raise ValueError(f"its meta does not describe {', '.join(missing)}")
+        return meta
+
     def _read(self, step: int, abstract: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
         assert self._manager is not None
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        with _quiet_coroutines():
-            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         items = {name: restored[name] for name in abstract}
         for name, tree in items.items():
             for path, found in _checksums(tree).items():
@@ -316,6 +330,59 @@ def _bytes(x: jax.Array) -> memoryview:
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def disk_full(error: BaseException) -> str:
+    """Returns the system's words where an error, or one it followed from, is of a full disk, else ""."""
+    return _system_reason(error, _DISK_FULL)
+
+
+def _system_reason(error: BaseException | None, numbers: Sequence[int]) -> str:
+    while error is not None:
+        for number in numbers:
+            # Orbax and tensorstore hand on what the system said as text only.
+            if (isinstance(error, OSError) and error.errno == number) or os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be read, and would not be the next time."""
+
+
+def _read_twice(read: Callable[[], _T]) -> _T:
+    """Reads, once more if that failed: an error that passes, as on a network disk, is no damage."""
+    for again in (True, False):
+        try:
+            with _quiet_coroutines():
+                return read()
+        except Exception as error:  # A broken file raises anything.
+            exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+            if exhausted or isinstance(error, MemoryError) or _system_reason(error, _SYSTEM):
+                raise
+            if not again:
+                raise _Damaged(_first_line(error)) from error
+    raise AssertionError("the loop returns or raises")
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Keeps orbax's threads from logging the traceback of an error that `Checkpoints.wait` raises."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        of_orbax = record.name == "asyncio" or "/orbax/" in Path(record.pathname).as_posix()
+        return record.levelno < logging.ERROR or not of_orbax
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        gc.collect()  # asyncio logs an error that nobody awaited when its future is deleted
+        for logger in loggers:
+            logger.removeFilter(wanted)
 
 
 @contextlib.contextmanager

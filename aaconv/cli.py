@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 OK, WRONG_INPUT, NOT_FINITE, STOPPED, INTERRUPTED = 0, 2, 3, 75, 130
 EXTRAS = {  # the extra that brings a package, by the name it is imported by
     **dict.fromkeys(
-        "absl array_record etils grain ml_collections optax orbax PIL sklearn tensorflow_datasets".split(), "train"
+        "absl array_record etils grain ml_collections optax orbax PIL rich sklearn tensorflow_datasets".split(), "train"
     ),
     "matplotlib": "plots",
     "tensorflow": "prepare",
@@ -483,6 +483,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments, or_workdir=True)
     if not arguments.images:
         raise UsageError("no image files: name at least one after the flags")
+    suffix = Path(arguments.maps or "").suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".pdf", ".svg", ".gif", ".webp", ".tif", ".tiff"):
+        raise UsageError(f"--maps {arguments.maps}: pictures are PNG; name a .png file, or a folder")
     for flag in ("layer", "query"):
         if getattr(arguments, flag) and not arguments.maps:
             raise UsageError(f"--{flag} chooses what --maps draws: add --maps attention.png")
@@ -651,9 +654,10 @@ def _show(arguments: argparse.Namespace) -> int:
 def _print_config(console: Console, config: ConfigDict) -> None:
     from rich.text import Text
 
-    from aaconv import config as config_lib
+    from aaconv import config as config_lib, models
 
     default = config_lib.default_config()
+    of_network = models.defaults(config.model.name)
 
     def lines(group: Any, usual: Any, indent: str) -> Iterable[tuple[str, str, bool]]:
         for key, value in group.items():
@@ -662,7 +666,10 @@ def _print_config(console: Console, config: ConfigDict) -> None:
                 yield from lines(value, usual[key], indent + "  ")
             else:
                 changed = value != usual[key]
-                yield f"{indent}{key} = {value!r}", f"default {usual[key]!r}" if changed else "", changed
+                remark = f"default {usual[key]!r}" if changed else ""
+                if group is config.model and key in of_network:
+                    remark = f"the network's own {'is ' if changed else ''}{of_network[key]!r}"
+                yield f"{indent}{key} = {value!r}", remark, changed
 
     rows = list(lines(config, default, "  "))
     width = max(len(text) for text, remark, _ in rows if remark) if any(r for _, r, _ in rows) else 0
@@ -713,9 +720,7 @@ def _info(config: ConfigDict) -> DatasetInfo:
 
     try:
         return data.info(config)
-    except ValueError as error:
-        if "is not prepared" not in str(error):
-            raise
+    except data.NotPrepared:
         return declared.declared_info(config)
 
 

@@ -197,6 +197,10 @@ def validate(config: ConfigDict) -> None:
         value = _get(config, key)
         if not 0 <= value <= 1:
             raise ValueError(f"{key}={value} must lie between 0 and 1")
+    for key in BELOW_ONE:
+        value = _get(config, key)
+        if not 0 <= value < 1:
+            raise ValueError(f"{key}={value} must be at least 0 and below 1; 0 switches it off")
 
 
 ELEMENTS = {
@@ -214,7 +218,7 @@ CHOICES = {
 }
 POSITIVE = (
     "batch_size eval_batch_size num_epochs num_steps log_every_steps eval_every_epochs data.image_size "
-    "data.channels schedule.learning_rate schedule.every_epochs schedule.factor checkpoint.every_epochs "
+    "data.channels optimizer.eps schedule.learning_rate schedule.every_epochs schedule.factor checkpoint.every_epochs "
     "checkpoint.keep_last"
 ).split()
 NOT_NEGATIVE = (
@@ -222,9 +226,9 @@ NOT_NEGATIVE = (
     "loss.mixup_alpha checkpoint.every_steps"
 ).split()
 SHARES = (
-    "optimizer.momentum optimizer.decay optimizer.b1 optimizer.b2 optimizer.ema_decay loss.label_smoothing "
-    "schedule.final data.augment.min_area data.augment.eval_crop"
+    "optimizer.decay optimizer.b1 optimizer.b2 schedule.final data.augment.min_area data.augment.eval_crop"
 ).split()
+BELOW_ONE = "optimizer.momentum optimizer.ema_decay loss.label_smoothing".split()
 
 
 def _run_config_file(path: str) -> ConfigDict:

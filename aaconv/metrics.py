@@ -7,9 +7,11 @@ Metric names are ``group/name``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -124,7 +126,7 @@ class Log:
 
     def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int = 0, tensorboard: bool = True) -> None:
         self._file: IO[str] | None = None
-        self._board: Any = None
+        self._board: _Board | None = None
         path = Path(workdir) / "metrics.jsonl"
         self.rows = [row for row in read_rows(workdir) if row["step"] <= resume_step]
         if jax.process_index() != 0:
@@ -145,17 +147,15 @@ class Log:
             self._file.write(_dump(row))
             self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, values)
 
     def close(self) -> None:
         """Closes the files; harmless when called again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        file, self._file, board, self._board = self._file, None, self._board, None
+        if board is not None:
+            board.close()
+        if file is not None:
+            file.close()
 
     def __enter__(self) -> Log:
         return self
@@ -188,13 +188,42 @@ def _dump(row: Mapping[str, Any]) -> str:
     return json.dumps(clean, allow_nan=False) + "\n"
 
 
-def _tensorboard(folder: Path, resume_step: int) -> Any:
+def _tensorboard(folder: Path, resume_step: int) -> _Board | None:
     try:
-        import tensorboardX
+        return _Board(folder, resume_step)
     except ImportError:
         return None
-    # purge_step hides what an interrupted run wrote after the step that is resumed.
-    return tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+
+class _Board:
+    """TensorBoard events. Not tensorboardX's own writer, whose thread dies on a full disk, and the run with it."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from tensorboardX import record_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        proto: Any = event_pb2  # whose classes are made at run time
+        self._event, self._scalar = proto.Event, summary.scalar
+        folder.mkdir(exist_ok=True)
+        path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._file = record_writer.RecordWriter(str(path))
+        self._add(file_version="brain.Event:2")
+        if resume_step:
+            # Hides what an interrupted run wrote after the step that is resumed.
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            self._add(step=resume_step + 1, session_log=start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step=step, summary=self._scalar(name, value))
+        self._file.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # What cannot be written now was reported when it was logged.
+            self._file.close()
+
+    def _add(self, **values: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **values).SerializeToString())
 
 
 # Progress

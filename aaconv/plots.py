@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,9 @@ def attention_maps(
     row = cell * _aspect(images)
     across = 2 if heads <= 4 and blocks > 1 else 1  # images beside each other
     wide, high = cell * (heads + 1) + 0.75, gap + rows * row  # of one image with its colour bar
-    left, top = 0.15, 0.4 if title else 0.1
+    left = 0.15
+    lines = textwrap.wrap(title, max(20, int(11 * across * wide)))  # about eleven characters an inch
+    top = 0.2 + 0.2 * len(lines) if title else 0.1
     size = (left + across * wide + 0.1, top + -(-blocks // across) * high + 0.1)
 
     def place(x: float, y: float, w: float, h: float) -> tuple[float, float, float, float]:
@@ -143,7 +146,7 @@ def attention_maps(
     with _style():
         figure = _figure(size, constrained=False)
         if title:
-            figure.text(*place(left, 0.12, 0, 0)[:2], title, va="top", fontsize=10, fontweight="bold")
+            figure.text(*place(left, 0.12, 0, 0)[:2], "\n".join(lines), va="top", fontsize=10, fontweight="bold")
         for block, (image, caption) in enumerate(zip(images, captions, strict=True)):
             x0, y0 = left + block % across * wide, top + block // across * high
             figure.text(*place(x0, y0 + 0.12, 0, 0)[:2], caption, va="top")

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from aaconv import checkpoints, metrics, models, optim, parallel
-from aaconv.config import ConfigDict
+from aaconv.config import ConfigDict, default_config
 
 EVAL_METRICS = ("eval/accuracy", "eval/top5", "eval/loss")
 
@@ -301,7 +301,8 @@ def train(
 
     Raises:
       ValueError: the config cannot be run, or `workdir` holds another run, or it cannot be
-        written; nothing in it was changed.
+        written; nothing in it was changed. Or the disk became full on the way; the run can
+        be continued.
       NonFiniteLossError: the loss, a gradient or a weight became nan or infinite.
       Preempted: SIGTERM or SIGINT asked to stop; the state was saved.
     """
@@ -311,7 +312,7 @@ def train(
     assert run.plan is not None
     plan, total_steps = run.plan, run.plan.total_steps
     abstract = run.abstract_state()
-    with contextlib.ExitStack() as stack:
+    with _naming_full_disk(workdir), contextlib.ExitStack() as stack:
         # The past of the workdir.
         stack.enter_context(checkpoints.lock(workdir))
         _check_same_run(run, workdir, progress.note)
@@ -408,6 +409,7 @@ def train(
         while step < total_steps:
             batch = parallel.to_global(next(iterator), split)
             if step_fn is None:
+                progress.note("compiling the step ...")
                 began = time.monotonic()
                 step_fn = _compile_step(run, state, batch, resident)
                 compile_seconds = time.monotonic() - began
@@ -443,6 +445,24 @@ def train(
                 raise Preempted(f"stopped by {signals.name}: saved step {step} of {total_steps}; run it again to go on")
         saver.wait()
         return _last_values(log.rows)
+
+
+@contextlib.contextmanager
+def _naming_full_disk(workdir: Path) -> Iterator[None]:
+    # Around everything: what cannot be written comes to light at a later step, or while the files are closed.
+    try:
+        yield
+    except Exception as error:
+        reason = checkpoints.disk_full(error)
+        if not reason:
+            raise
+        with checkpoints.Checkpoints(workdir, read_only=True) as saved:
+            good = max(saved.steps(), default=None)
+        where = f"{workdir}/checkpoints/{good}" if good is not None else "none was saved yet"
+        raise ValueError(
+            f"{workdir} cannot be written ({reason}); last good checkpoint: {where}. Free space and run the same "
+            "command again to go on from there"
+        ) from error
 
 
 def _count(number: int, thing: str) -> str:
@@ -592,32 +612,42 @@ def _write_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns ``{dotted key: (old value, new value)}`` where two configs, as read from JSON, differ."""
-    old, new = _flat(old), _flat(new)
+    """Returns ``{dotted key: (old value, new value)}`` where two configs, as read from JSON, differ.
+
+    A key that the old one lacks, because it was written before there was such a key, has its default.
+    """
+    old, new = _flat(_as_dict(default_config())) | _flat(old), _flat(new)
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def _check_same_run(run: Run, workdir: Path, note: Callable[[str], None]) -> None:
     with checkpoints.Checkpoints(workdir, read_only=True) as saved:
-        if not saved.steps():
-            return  # Nothing was trained that could be lost.
-        try:
-            before = json.loads((workdir / "config.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            return  # Removed by somebody; restoring compares the trees.
-    changes = config_changes(before, _as_dict(run.config))
-    if not changes:
+        trained = bool(saved.steps())
+    file, log = workdir / "config.json", workdir / "metrics.jsonl"
+    if not file.exists():
+        # With checkpoints: removed by somebody; restoring compares the trees.
+        if not trained and log.exists() and log.stat().st_size:
+            raise ValueError(
+                f"{log} holds rows of a run, but there is neither its config.json nor a checkpoint: name a new "
+                "--workdir, or move that file away"
+            )
         return
-    assert run.plan is not None
+    before = _read_run_config(file)
+    changes = config_changes(before, _as_dict(run.config))
     others = [key for key in changes if not key.startswith(tuple(_CONTINUABLE))]
     if others:
+        back = "set these keys back to continue it"
+        if not trained:
+            back += f", or move {file} and metrics.jsonl away (no checkpoint was saved yet)"
         raise ValueError(
-            f"{workdir} holds a run of another config ({_say(changes, others)}): name a new --workdir, or set these "
-            "keys back to continue it"
+            f"{workdir} holds a run of another config ({_say(changes, others)}): name a new --workdir, or {back}"
         )
+    if not changes or not trained:
+        return
+    assert run.plan is not None
     length = [key for key in changes if key in ("num_epochs", "num_steps")]
     if length:
-        epochs, number = before.get("num_epochs"), before.get("num_steps")
+        epochs, number = before["num_epochs"], before["num_steps"]
         total = number if number is not None else round(epochs * run.plan.steps_per_epoch)
         if run.plan.total_steps < total:
             raise ValueError(
@@ -626,6 +656,16 @@ def _check_same_run(run: Run, workdir: Path, note: Callable[[str], None]) -> Non
             )
     stretched = "; the learning rate follows the new length from here" if length else ""
     note(f"continuing with a changed config: {_say(changes, changes)}{stretched}")
+
+
+def _read_run_config(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        found = str(error)
+    if not isinstance(found, dict) or not {"model", "data", "num_epochs", "num_steps"} <= found.keys():
+        raise ValueError(f"{file} is not the config of a run: name a new --workdir, or move that file away")
+    return found
 
 
 def _explain(config: ConfigDict, meta: Mapping[str, Any]) -> str:
@@ -694,8 +734,8 @@ def restore(
       note: gets a line when a damaged checkpoint is passed over.
 
     Raises:
-      ValueError: there is no checkpoint, none can be read, or it is of another network; the
-        message lists the differences.
+      ValueError: there is no checkpoint, none can be read, no metric says which is the best,
+        or it is of another network; the message lists the differences.
     """
     if data is None:
         from aaconv import data
@@ -746,6 +786,12 @@ def _restore(
         for row in metrics.read_rows(workdir):
             saved.record(row["step"], row)
         step = saved.best_step() if which == "best" else None
+        if which == "best" and step is None:
+            what = f"recorded {best_metric}" if best_metric else "checkpoint.best_metric"
+            raise ValueError(
+                f"no {what} says which checkpoint in {str(Path(workdir).absolute())!r} is the best: use "
+                "--checkpoint newest"
+            )
         run = Run(config, model, None, info, mesh, None, None, None, optim.no_optimizer())
         abstract = {"model": run.abstract_state().items()["model"]}
         found = saved.restore(abstract, step=step, explain=functools.partial(_explain, config), note=note)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
+import tracemalloc  # noqa: F401  pytest imports it in the test that has no file left to open
 from pathlib import Path
 
 import jax
@@ -122,10 +125,8 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [truncate, pytest.param(Path.unlink, marks=pytest.mark.slow), pytest.param(flip, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # a restore for each file, one to three minutes a kind of damage
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, flip])
 def test_any_damaged_file_of_the_newest(tmp_path, damage):
     """The values restored are either the newest's or those of the one before, with a note."""
     save(tmp_path / "whole", [1, 2])
@@ -170,6 +171,24 @@ def test_reading_leaves_a_damaged_checkpoint_where_it_is(tmp_path):
     assert found[0] == 1
     assert len(notes) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_many_open_files_are_no_damage(tmp_path):
+    save(tmp_path, [1, 2])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with checkpoints.Checkpoints(tmp_path) as saver:
+        wanted = abstract(make_items(0))
+        with open(os.devnull) as lowest_free:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free.fileno(), limits[1]))
+        try:
+            with pytest.raises((OSError, ValueError), match="Too many open files"):
+                saver.restore(wanted)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        found = saver.restore(wanted)
+    assert found is not None
+    assert found[0] == 2
+    assert not (tmp_path / "damaged_checkpoints").exists()
 
 
 def test_half_written_is_not_taken_for_a_checkpoint(tmp_path):

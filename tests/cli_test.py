@@ -88,6 +88,13 @@ def images(tmp_path) -> Path:
     (tmp_path / "again").mkdir()
     Image.fromarray(picture).resize((40, 30)).convert("RGB").save(tmp_path / "again" / "0.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("words, not pixels")
+    (tmp_path / "empty.jpg").touch()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.5
+    Image.fromarray(picture).save(tmp_path / "exif.jpg", exif=exif)
+    broken = (tmp_path / "exif.jpg").read_bytes().replace(b"\x01\x1a\x00\x05", b"\x01\x00\x00\x05")
+    (tmp_path / "exif.jpg").write_bytes(broken)  # a fraction in the place of the width
     return tmp_path
 
 
@@ -159,8 +166,9 @@ def test_infinite_loss_ends_with_its_own_code(folder, config, aaconv):
 def test_show_prints_config_counts_and_attention(config, aaconv):
     answer = aaconv("show", "--config", config, "--config.model.num_heads", "4", "--config.data.augment.flip=true")
     assert answer.code == cli.OK
-    assert re.search(r"num_heads = 4 +# default None", answer.out)
+    assert re.search(r"num_heads = 4 +# the network's own is 8", answer.out)
     assert re.search(r"flip = True +# default False", answer.out)
+    assert re.search(r"position_encoding = None +# the network's own 'relative'", answer.out)
     stages = dict(re.findall(r"^(stem|stage\d|head|all) .*?([\d,]+) +\d+\.\d%", answer.out, re.M))
     counts = {stage: int(count.replace(",", "")) for stage, count in stages.items()}
     assert counts.pop("all") == sum(counts.values()) and len(counts) == 5
@@ -204,11 +212,12 @@ def test_all_probabilities_add_up(trained, images, aaconv):
 
 
 def test_corrupt_image_is_named_and_the_others_classified(trained, images, aaconv):
-    files = [images / name for name in ("cut.png", "1.png", "missing.png")]
-    answer = aaconv("predict", "--workdir", trained, *files)
-    assert answer.code == cli.WRONG_INPUT
-    assert f"{files[0]}' is corrupt" in answer.err and f"{files[2]}' does not exist" in answer.err
-    assert "2 of 3 images could not be read; 1 classified" in answer.err and str(files[1]) in answer.out
+    corrupt = [images / name for name in ("cut.png", "text.png", "empty.jpg", "exif.jpg")]
+    missing, whole = images / "missing.png", images / "1.png"
+    answer = aaconv("predict", "--workdir", trained, *corrupt, missing, whole)
+    assert answer.code == cli.WRONG_INPUT and "Traceback" not in answer.err
+    assert all(f"{file}' is corrupt" in answer.err for file in corrupt) and f"{missing}' does not exist" in answer.err
+    assert "5 of 6 images could not be read; 1 classified" in answer.err and str(whole) in answer.out
 
 
 def test_maps_of_each_image_or_of_all(trained, images, aaconv, tmp_path):

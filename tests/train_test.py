@@ -6,10 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ import pytest
 
 from aaconv import checkpoints, metrics, models, train
 from aaconv.config import ConfigDict, default_config
+from aaconv.data import catalog
 
 # A network and a source of data small enough to train often
 
@@ -238,8 +242,9 @@ def test_the_checkpoint_of_eight_devices_continues_on_one(undisturbed, tmp_path)
         assert one == pytest.approx(eight, rel=3e-6)
 
 
-def digits_config() -> ConfigDict:
+def digits_config(data_dir: Path) -> ConfigDict:
     config = default_config()
+    config.data.data_dir = str(data_dir)
     config.model.name, config.data.name = "wrn", "digits"
     config.model.depth, config.model.width = 10, 1
     config.data.channels, config.data.mean, config.data.std = 1, (0.5,), (0.5,)
@@ -250,7 +255,7 @@ def digits_config() -> ConfigDict:
 
 
 def test_a_network_of_the_configs_name_trains_on_digits(tmp_path):
-    config = digits_config()
+    config = digits_config(tmp_path / "tfds")
     result = train.train(config, tmp_path, progress=Recorder())
     assert result["step"] == 22
     assert result["train/accuracy"] > 0.25
@@ -259,7 +264,7 @@ def test_a_network_of_the_configs_name_trains_on_digits(tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_activations_with_float32_weights(tmp_path):
-    config = digits_config()
+    config = digits_config(tmp_path / "tfds")
     config.dtype = "bfloat16"
     result = train.train(config, tmp_path, progress=Recorder())
     assert result["train/accuracy"] > 0.25
@@ -450,6 +455,94 @@ def test_another_configs_workdir_is_refused(undisturbed):
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name != ".lock"}
 
 
+def test_another_run_without_a_checkpoint_is_refused(undisturbed, tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(undisturbed / name, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refused(words: str, **settings) -> None:
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, **settings)
+        assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+
+    refused("seed was 0, is 1.*new --workdir.*move .*config.json and metrics.jsonl away", seed=1)
+    (tmp_path / "config.json").unlink()
+    del before["config.json"]
+    refused("metrics.jsonl holds rows of a run.*name a new --workdir, or move that file away")
+    for foreign in ('{"name": "of another program"}', "[1]", "words"):
+        (tmp_path / "config.json").write_text(foreign)
+        before["config.json"] = foreign.encode()
+        refused("config.json is not the config of a run: name a new --workdir, or move that file away")
+
+
+def test_a_config_from_before_a_key_has_its_default(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "old")
+    file = tmp_path / "old" / "config.json"
+    config = json.loads(file.read_text())
+    del config["optimizer"]["clip_norm"]  # 0 by default, as in this run
+    file.write_text(json.dumps(config))
+    assert run(tmp_path / "old")["step"] == 12
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="optimizer.clip_norm was 0.0, is 1.0"):
+        run(tmp_path / "old", optimizer__clip_norm=1.0)
+
+
+class FillsDisk(Recorder):
+    """No file may grow from step 7 on, once a checkpoint is there; a full disk does the same."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint
+
+    def update(self, step):
+        if step == 7:
+            while not self._checkpoint.exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def file_size_limit():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if before[1] != resource.RLIM_INFINITY:
+        pytest.skip("the size of files is limited here: the test could not lift its own limit")
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_at_a_row_is_named_and_the_run_continues(undisturbed, tmp_path, file_size_limit):
+    words = rf"{tmp_path} cannot be written \(File too large\); last good checkpoint: .*/checkpoints/6\. Free space"
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, progress=FillsDisk(tmp_path / "checkpoints" / "6"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run(tmp_path)
+    assert_equals_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_at_a_checkpoint_is_named(tmp_path, file_size_limit, caplog):
+    with pytest.raises(ValueError, match=r"File too large.*last good checkpoint: .*/checkpoints/4\. Free space"):
+        run(
+            tmp_path,
+            progress=FillsDisk(tmp_path / "checkpoints" / "4"),
+            checkpoint__every_steps=4,
+            log_every_steps=100,
+            eval_every_epochs=100.0,
+        )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert train.restore(make_config(), tmp_path, model=Net(), data=source()).step == 4
+
+
+def test_the_best_needs_a_recorded_metric(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    for metric, words in (("eval/accuracy", "no recorded eval/accuracy"), ("", "no checkpoint.best_metric")):
+        with pytest.raises(ValueError, match=f"{words} says which checkpoint in .*: use --checkpoint newest"):
+            config = make_config(checkpoint__best_metric=metric)
+            train.evaluate(config, tmp_path, which="best", model=Net(), data=source())
+
+
 def test_another_networks_checkpoint_is_a_tree_difference(undisturbed):
     config = make_config(model__name="other")
     with pytest.raises(ValueError) as error:
@@ -504,7 +597,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import importlib.util, jax
 from absl import flags
 flags.FLAGS.mark_as_parsed()
-file, port, workdir, stop, process = sys.argv[1:]
+file, port, data_dir, workdir, stop, process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 spec = importlib.util.spec_from_file_location("train_test", file)
@@ -512,14 +605,15 @@ test = importlib.util.module_from_spec(spec)
 sys.modules["train_test"] = test
 spec.loader.exec_module(test)
 try:
-    test.train.train(test.two_process_config(), workdir, progress=test.Recorder(int(stop) if process == "1" else -1))
+    progress = test.Recorder(int(stop) if process == "1" else -1)
+    test.train.train(test.two_process_config(data_dir), workdir, progress=progress)
 except test.train.Preempted as stopped:
     sys.exit(75)
 """
 
 
-def two_process_config() -> ConfigDict:
-    config = digits_config()
+def two_process_config(data_dir) -> ConfigDict:
+    config = digits_config(data_dir)
     config.data.placement, config.mesh.data, config.log_every_steps = "memory", -1, 5
     return config
 
@@ -527,17 +621,20 @@ def two_process_config() -> ConfigDict:
 @pytest.mark.slow
 def test_two_processes_stop_together_and_give_what_one_gives(tmp_path):
     """SIGTERM reaches one of the two; both save the same step, exit, and continue."""
+    data_dir = tmp_path / "tfds"
+    catalog.prepare("digits", data_dir)  # once, not by both at the same time
 
     def start(stop: int) -> list[int]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-c", DISTRIBUTED, __file__, str(port), str(tmp_path / "two"), str(stop)]
+        arguments = [__file__, port, data_dir, tmp_path / "two", stop]
+        command = [sys.executable, "-c", DISTRIBUTED, *map(str, arguments)]
         running = [subprocess.Popen([*command, process], cwd=Path(__file__).parents[1]) for process in "01"]
         return [process.wait(timeout=300) for process in running]
 
     assert start(stop=7) == [75, 75]
     assert start(stop=-1) == [0, 0]
-    train.train(two_process_config(), tmp_path / "one", progress=Recorder())
+    train.train(two_process_config(data_dir), tmp_path / "one", progress=Recorder())
     for two, one in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)

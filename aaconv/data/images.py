@@ -24,8 +24,6 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels of the st
 _MODES = {1: "L", 3: "RGB"}
 _RATIOS = (3 / 4, 4 / 3)  # of width to height, Inception's
 _TRIES = 10  # before a random crop gives up and takes the middle
-# Pillow reports broken data by any of these.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def decode(encoded: bytes, channels: int, *, where: str) -> np.ndarray:
@@ -42,7 +40,7 @@ def decode(encoded: bytes, channels: int, *, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return _array(_convert(image, channels), channels)
-    except _DECODE_ERRORS as error:
+    except Exception as error:
         raise _unusable(where, error) from error
 
 
@@ -93,7 +91,7 @@ def _decode_cut(
             box = (left * across, upper * down, min(right * across, image.width), min(lower * down, image.height))
             image = _convert(image, channels)
             return _array(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, box=box), channels)
-    except _DECODE_ERRORS as error:
+    except Exception as error:
         raise _unusable(where, error) from error
 
 
@@ -154,7 +152,7 @@ def load_image(config: ConfigDict, path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return _array(_convert(ImageOps.exif_transpose(image), channels), channels)
-    except _DECODE_ERRORS as error:
+    except Exception as error:
         raise _unusable(f"file {str(file)!r}", error) from error
 
 
@@ -170,11 +168,14 @@ def _array(image: Image.Image, channels: int) -> np.ndarray:
     return array[..., None] if channels == 1 else array
 
 
-def _unusable(where: str, error: Exception) -> ValueError:
+def _unusable(where: str, error: Exception) -> Exception:
+    """Returns the error to raise: of broken bytes Pillow's decoders raise anything, `struct.error` for one."""
+    if isinstance(error, MemoryError):
+        return error
     if isinstance(error, UnidentifiedImageError):
         reason = "it is in no image format that is known"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
     else:
-        reason = str(error)
+        reason = str(error) or type(error).__name__
     return ValueError(f"image {where} is corrupt or not an image ({reason}): replace it by a whole 8-bit PNG or JPEG")

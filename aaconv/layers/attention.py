@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,8 +45,8 @@ class MultiHeadSelfAttention(nn.Module):
       larger_maps: what the tables do on a larger map than at initialisation, see `RelativePosition`.
       spatial_ndim: spatial axes of the input: 1 for signals, 2 for images, 3 for volumes and video.
       use_bias: whether the two projections have a bias. The paper's counts are without.
-      implementation: of `aaconv.ops.relative_attention`; None for the fastest that works.
-      dtype, param_dtype, precision, kernel_init, bias_init: as in `flax.linen.Dense`.
+      implementation: of `aaconv.ops.relative_attention`; None for its default.
+      dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as in `flax.linen.Dense`.
       relative_init: of the tables; default normal with deviation ``(key_depth / num_heads) ** -0.5``.
 
     Example:
@@ -75,6 +75,7 @@ class MultiHeadSelfAttention(nn.Module):
     precision: PrecisionLike = None
     kernel_init: nn.initializers.Initializer = default_kernel_init
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    promote_dtype: Callable[..., Any] = promote_dtype
     relative_init: nn.initializers.Initializer | None = None
 
     @nn.compact
@@ -97,6 +98,7 @@ class MultiHeadSelfAttention(nn.Module):
                 f"inputs have shape {inputs.shape}: with spatial_ndim={self.spatial_ndim} they need at least "
                 f"{self.spatial_ndim + 1} axes, (*b, *space, c)"
             )
+        inputs = promote_inputs(self, inputs)
         x = encode_input(inputs, self.position_encoding, spatial_ndim=self.spatial_ndim)
         qkv = self._dense(2 * self.key_depth + self.value_depth, name="qkv")(x)
         q, k, v = (
@@ -111,9 +113,16 @@ class MultiHeadSelfAttention(nn.Module):
                 table_init=self.relative_init,
                 name="relative",
             )(inputs.shape[-1 - self.spatial_ndim : -1])
-            rel = tuple(promote_dtype(*rel, dtype=q.dtype))
+            rel = tuple(table.astype(q.dtype) for table in rel)
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            weights = attention_weights(q, k, rel, spatial_ndim=self.spatial_ndim, precision=self.precision)
+            weights = attention_weights(
+                q,
+                k,
+                rel,
+                spatial_ndim=self.spatial_ndim,
+                implementation=self.implementation,
+                precision=self.precision,
+            )
             self.sow("intermediates", "attention_weights", weights)
         heads = relative_attention(
             q,
@@ -136,8 +145,16 @@ class MultiHeadSelfAttention(nn.Module):
             precision=self.precision,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
+            promote_dtype=self.promote_dtype,
             name=name,
         )
+
+
+def promote_inputs(module: Any, inputs: jax.Array) -> jax.Array:
+    """Casts inputs to the dtype the module computes in, before anything but a projection touches them."""
+    # Integer or half-precision pixels would otherwise be averaged, or added to, in their own dtype.
+    parameter = jnp.zeros((), module.param_dtype)
+    return module.promote_dtype(inputs, parameter, None, dtype=module.dtype)[0]
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
@@ -151,15 +168,26 @@ def check_depths(num_heads: int, key_depth: int, value_depth: int) -> None:
     Raises:
       ValueError: naming the depth, the heads and the nearest depths that do.
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads={num_heads} must be at least 1")
+    check_heads(num_heads)
     for name, depth in (("key_depth", key_depth), ("value_depth", value_depth)):
+        if depth < 1:
+            raise ValueError(f"{name}={depth} must be at least num_heads={num_heads}, a channel a head")
         if depth < num_heads or depth % num_heads:
-            near = sorted({max(depth // num_heads, 1) * num_heads, (depth // num_heads + 1) * num_heads})
+            near = sorted({max(depth // num_heads + more, 1) * num_heads for more in (0, 1)})
             raise ValueError(
                 f"num_heads={num_heads} must divide {name}={depth}: use {name}={' or '.join(map(str, near))}, "
                 f"or {_divisors(depth)} heads"
             )
+
+
+def check_heads(num_heads: int) -> None:
+    """Checks a number of heads.
+
+    Raises:
+      ValueError: it is not a whole number of at least 1.
+    """
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads={num_heads!r} must be a whole number of at least 1")
 
 
 def _divisors(depth: int) -> str:

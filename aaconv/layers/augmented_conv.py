@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from flax import linen as nn
 from jax import lax
 
 from aaconv.errors import close_matches
-from aaconv.layers.attention import MultiHeadSelfAttention, check_depths
+from aaconv.layers.attention import MultiHeadSelfAttention, check_depths, check_heads, promote_inputs
 from aaconv.layers.position import check_position_encoding
 
 STRIDED_ATTENTION = ("subsample", "average_pool")
+PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
 class AAConv(nn.Conv, kw_only=True):
@@ -36,8 +38,8 @@ class AAConv(nn.Conv, kw_only=True):
     alignment of the convolution's output: SAME, VALID or explicit padding, odd or even sizes. A window whose
     centre lies in the padding attends from the nearest border pixel. The paper does not say how a
     strided augmented convolution attends. With ``pooled_attention`` that map is average-pooled once more
-    (3x3, stride 2), and the result of attention is brought back by bilinear interpolation before the concat;
-    the convolution stays at full resolution.
+    (3x3, stride 2), and the result of attention is brought back by bilinear interpolation between the centres of
+    those windows before the concat; the convolution stays at full resolution.
 
     **Depths.** ``key_depth`` is ``kappa * features`` rounded down to a multiple of ``num_heads``, and at least
     ``min_key_depth`` a head; ``value_depth`` is ``upsilon * features`` rounded down to a multiple of
@@ -56,11 +58,11 @@ class AAConv(nn.Conv, kw_only=True):
         larger than the map at initialisation. Smaller maps use the middle of the tables, exactly.
       strided_attention: ``subsample`` or ``average_pool``, see above; no effect at stride 1.
       pooled_attention: whether attention runs at half the output's resolution.
-      implementation: of `aaconv.ops.relative_attention`; None for the fastest that works.
+      implementation: of `aaconv.ops.relative_attention`; None for its default.
       relative_init: of the relative tables; default normal with deviation ``d ** -0.5``, d a head.
 
-    ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``kernel_init`` and ``bias_init`` serve the
-    pointwise projections of attention too; the paper's parameter counts are without biases.
+    ``use_bias``, ``dtype``, ``param_dtype``, ``promote_dtype``, ``precision``, ``kernel_init`` and ``bias_init``
+    serve the pointwise projections of attention too; the paper's parameter counts are without biases.
     ``strides``, ``padding``, dilations, ``feature_group_count`` and ``mask`` shape the convolution; ``mask`` has
     the shape of the convolution branch's kernel, which has ``features - value_depth`` filters.
 
@@ -108,7 +110,7 @@ class AAConv(nn.Conv, kw_only=True):
         key_depth, value_depth = self.depths()
         if value_depth == 0:
             return super().__call__(inputs)
-        kernel_size = _per_axis(self.kernel_size, None)
+        kernel_size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         ndim = len(kernel_size)
         self._check(inputs, ndim, value_depth)
         conv_features = self.features - value_depth
@@ -116,7 +118,7 @@ class AAConv(nn.Conv, kw_only=True):
         branches = []
         if conv_features:
             branches.append(self._conv(conv_features)(inputs))
-        x = self._attention_input(inputs, kernel_size)
+        x = self._attention_input(promote_inputs(self, inputs), kernel_size)
         size = x.shape[-1 - ndim : -1]
         if 0 in size:
             raise ValueError(
@@ -127,8 +129,7 @@ class AAConv(nn.Conv, kw_only=True):
             x = _pool_3x3(x, ndim)
         attended = self._attention(key_depth, value_depth, ndim)(x)
         if self.pooled_attention:
-            shape = (*attended.shape[: -1 - ndim], *size, value_depth)
-            attended = jax.image.resize(attended, shape, "bilinear").astype(attended.dtype)
+            attended = _upsample(attended, size)
         branches.append(attended)
         return jnp.concatenate(branches, axis=-1)
 
@@ -159,6 +160,11 @@ class AAConv(nn.Conv, kw_only=True):
             raise ValueError(
                 f"strided_attention={self.strided_attention!r} is not one of {', '.join(STRIDED_ATTENTION)}"
                 f"{close_matches(self.strided_attention, STRIDED_ATTENTION)}"
+            )
+        if isinstance(self.padding, str) and self.padding not in PADDINGS:
+            raise ValueError(
+                f"padding={self.padding!r} is not one of {', '.join(PADDINGS)}, nor a number or a pair for each axis"
+                f"{close_matches(self.padding, PADDINGS)}"
             )
         if self.padding == "CAUSAL":
             raise ValueError(
@@ -193,8 +199,9 @@ class AAConv(nn.Conv, kw_only=True):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
-            kernel_init=self.kernel_init,
+            kernel_init=_as_pointwise(self.kernel_init, ndim),
             bias_init=self.bias_init,
+            promote_dtype=self.promote_dtype,
             relative_init=self.relative_init,
             name="attention",
         )
@@ -202,9 +209,9 @@ class AAConv(nn.Conv, kw_only=True):
     def _attention_input(self, x: jax.Array, kernel_size: Sequence[int]) -> jax.Array:
         """The input at the centres of the convolution's windows, ``(*b, h', w', c)``."""
         ndim = len(kernel_size)
-        strides = _per_axis(self.strides, ndim)
-        input_dilation = _per_axis(self.input_dilation, ndim)
-        kernel_dilation = _per_axis(self.kernel_dilation, ndim)
+        strides = _per_axis("strides", self.strides, ndim)
+        input_dilation = _per_axis("input_dilation", self.input_dilation, ndim)
+        kernel_dilation = _per_axis("kernel_dilation", self.kernel_dilation, ndim)
         windows = [(k - 1) * d + 1 for k, d in zip(kernel_size, kernel_dilation, strict=True)]
         for axis in range(ndim):
             where = x.ndim - 1 - ndim + axis
@@ -244,8 +251,10 @@ def attention_depths(
       >>> attention_depths(512, kappa=0.2, upsilon=0.1, num_heads=8)
       (160, 48)
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads={num_heads} must be at least 1")
+    check_heads(num_heads)
+    for name, share in (("kappa", kappa), ("upsilon", upsilon)):
+        if isinstance(share, str):
+            raise ValueError(f"{name}={share!r} must be a number")
     if value_depth is None:
         if not 0 <= upsilon <= 1:
             raise ValueError(f"upsilon={upsilon} must lie between 0 (a plain convolution) and 1 (attention only)")
@@ -253,10 +262,13 @@ def attention_depths(
             return 0, 0
         value_depth = _round_down(upsilon * features, num_heads)
         if value_depth == 0:
-            fewer = f" or at most {int(upsilon * features)} heads" if upsilon * features >= 1 else ""
+            share = math.ceil(num_heads / features * 1000) / 1000
+            ways = [f"use upsilon >= {share}"] if share <= 1 else []
+            if upsilon * features >= 1:
+                ways.append(f"use at most {int(upsilon * features)} heads")
             raise ValueError(
                 f"upsilon={upsilon} of features={features} is less than a channel for each of num_heads={num_heads}: "
-                f"use upsilon >= {math.ceil(num_heads / features * 1000) / 1000}{fewer}"
+                f"{' or '.join(ways) or 'use more features'}"
             )
         if upsilon == 1 and value_depth != features:
             raise ValueError(
@@ -268,8 +280,10 @@ def attention_depths(
     elif not 0 < value_depth <= features:
         raise ValueError(f"value_depth={value_depth} must lie between 0 and features={features}")
     if key_depth is None:
-        if not kappa > 0:
-            raise ValueError(f"kappa={kappa} must be greater than 0 where upsilon={upsilon} is: attention needs keys")
+        if not 0 < kappa < math.inf:
+            raise ValueError(
+                f"kappa={kappa} must be a finite number greater than 0 where upsilon={upsilon} is: attention needs keys"
+            )
         if min_key_depth < 1:
             raise ValueError(f"min_key_depth={min_key_depth} must be at least 1 channel a head")
         key_depth = max(_round_down(kappa * features, num_heads), min_key_depth * num_heads)
@@ -282,10 +296,13 @@ def _round_down(depth: float, multiple: int) -> int:
     return int(depth + 1e-6) // multiple * multiple
 
 
-def _per_axis(value: int | Sequence[int] | None, ndim: int | None) -> tuple[int, ...]:
+def _per_axis(name: str, value: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     if value is None:
         value = 1
-    return (value,) * (ndim or 1) if isinstance(value, int) else tuple(value)
+    values = (value,) * ndim if isinstance(value, int) else tuple(value)
+    if len(values) != ndim or min(values) < 1:
+        raise ValueError(f"{name}={value!r} must be a number of at least 1, or one for each of {ndim} spatial axes")
+    return values
 
 
 def _padding(padding, axis: int, ndim: int, size: int, window: int, stride: int) -> tuple[int, int]:
@@ -298,8 +315,10 @@ def _padding(padding, axis: int, ndim: int, size: int, window: int, stride: int)
         return padding, padding
     if len(padding) != ndim:
         raise ValueError(f"padding={padding!r} must have one entry for each of {ndim} spatial axes")
-    pair = padding[axis]
-    return (pair, pair) if isinstance(pair, int) else tuple(pair)
+    pair = (padding[axis],) * 2 if isinstance(padding[axis], int) else tuple(padding[axis])
+    if len(pair) != 2:
+        raise ValueError(f"padding={padding!r} must give a number or a pair (low, high) for each spatial axis")
+    return pair
 
 
 def _spread(x: jax.Array, axis: int, dilation: int) -> jax.Array:
@@ -323,13 +342,39 @@ def _windows(x: jax.Array, axis: int, start: int, out: int, stride: int, pool: i
         first = start + offset
         return lax.slice_in_dim(x, first, first + max((out - 1) * stride + 1, 0), stride, axis)
 
-    total = at(0)
-    for offset in range(1, pool):
-        total = total + at(offset)
-    return total / pool if pool > 1 else total
+    if pool == 1:
+        return at(0)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    total = sum((at(offset).astype(wide) for offset in range(1, pool)), at(0).astype(wide))
+    return (total / pool).astype(x.dtype)
 
 
 def _pool_3x3(x: jax.Array, ndim: int) -> jax.Array:
     """Average over 3x3 windows, stride 2, of the pixels inside the map only."""
-    pooled = nn.avg_pool(x, (3,) * ndim, (2,) * ndim, padding="SAME", count_include_pad=False)
-    return pooled.astype(x.dtype)  # the division by the counts is in float32
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return nn.avg_pool(wide, (3,) * ndim, (2,) * ndim, padding="SAME", count_include_pad=False).astype(x.dtype)
+
+
+def _upsample(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """Bilinear interpolation of what `_pool_3x3` made of a map of ``size``, back to that size."""
+    ndim = len(size)
+    # SAME centres its windows on pixels 1, 3, 5, ... of an even axis and on 0, 2, 4, ... of an odd one;
+    # interpolating between those centres keeps the result where it was.
+    shift = jnp.array([0.5 if s % 2 == 0 else -0.5 for s in size])
+    shape = (*x.shape[: -1 - ndim], *size, x.shape[-1])
+    axes = tuple(range(x.ndim - 1 - ndim, x.ndim - 1))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    large = jax.image.scale_and_translate(wide, shape, axes, jnp.full((ndim,), 2.0), shift, "linear", antialias=False)
+    return large.astype(x.dtype)
+
+
+def _as_pointwise(init: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """An initialiser of convolution kernels as one of matrices: those of a pointwise convolution."""
+
+    def matrix(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+        kernel = init(key, (1,) * ndim + tuple(shape), dtype)
+        if isinstance(kernel, nn.Partitioned):
+            return kernel.replace(value=kernel.value.reshape(shape), names=kernel.names[-2:])
+        return kernel.reshape(shape)
+
+    return matrix

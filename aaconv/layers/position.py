@@ -95,7 +95,7 @@ class RelativePosition(nn.Module):
             name = f"rel_{axis}"
             rows = 2 * size - 1
             if self.has_variable("params", name):
-                rows = self.get_variable("params", name).shape[0]
+                rows = nn.meta.unbox(self.get_variable("params", name)).shape[0]
             tables.append(self.param(name, init, (rows, self.depth), self.param_dtype))
         made_for = tuple((t.shape[0] + 1) // 2 for t in tables)
         if self.larger_maps == "raise" and any(s > m for s, m in zip(shape, made_for, strict=True)):
@@ -119,6 +119,11 @@ def resize_table(table: jax.Array, size: int, *, larger_maps: str = "interpolate
 
     Returns:
       ``(2 * size - 1, d)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> resize_table(jnp.arange(5.0)[:, None], 2)[:, 0]
+      Array([1., 2., 3.], dtype=float32)
     """
     made_for = (table.shape[0] + 1) // 2
     if size <= made_for:

@@ -30,6 +30,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 """Every network by name; ``wrn_D_K`` and ``aa_wrn_D_K`` exist for any depth and width."""
 
 
+ATTENTION = (
+    "kappa upsilon num_heads min_key_depth stages pooled_stages position_encoding larger_maps strided_attention "
+    "implementation"
+).split()
+"""The arguments that only the augmented networks take."""
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names that match a shell-like pattern, e.g. ``aa_*``."""
     return [name for name in MODELS if fnmatch.fnmatch(name, pattern)]
@@ -42,7 +49,8 @@ def create(name: str, **overrides: Any) -> nn.Module:
       name: one of `list_models`, or ``wrn_D_K`` / ``aa_wrn_D_K`` for a Wide-ResNet of depth D and width K.
       **overrides: arguments of the family's builder, `aaconv.models.resnet.resnet` or
         `aaconv.models.wide_resnet.wide_resnet`, e.g. ``num_classes``, ``kappa``, ``upsilon``, ``num_heads``,
-        ``stages``, ``pooled_stages``, ``position_encoding``, ``dtype``.
+        ``stages``, ``pooled_stages``, ``position_encoding``, ``dtype``. Only the augmented networks (``aa_``) take
+        those that concern attention; with ``upsilon=0`` they are the plain ones.
 
     Returns:
       A Flax module; ``module.apply(variables, images, train=False)`` gives logits.
@@ -63,20 +71,41 @@ def create(name: str, **overrides: Any) -> nn.Module:
     elif "resnet" in name:
         fixed = {"depth"}
     known = [p for p in inspect.signature(builder).parameters if p not in fixed]
+    plain = not name.startswith("aa_")
     for argument in overrides:
         if argument in fixed:
             other = f"; use {'aa_' * name.startswith('aa_')}wrn with depth= and width=" if "wrn" in name else ""
             raise ValueError(f"{argument}={overrides[argument]!r} is already set by the name {name!r}{other}")
         if argument not in known:
             raise ValueError(
-                f"{name} has no argument {argument!r}{close_matches(argument, known)} known: {', '.join(known)}"
+                f"{name} has no argument {argument!r}{close_matches(argument, known)}; known: {', '.join(known)}"
+            )
+        if plain and argument in ATTENTION:
+            raise ValueError(
+                f"{argument}={overrides[argument]!r}: {name} is the plain network; use aa_{name}, or leave "
+                f"{argument} out (None in a config)"
             )
     return builder(**overrides)
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Returns the arguments of a network and the values that `create` gives them if they are left out.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    builder = MODELS.get(name) or _wide_resnet_by_name(name)
+    plain = not name.startswith("aa_")
+    return {
+        argument: parameter.default
+        for argument, parameter in inspect.signature(builder).parameters.items()
+        if parameter.default is not inspect.Parameter.empty and not (plain and argument in ATTENTION)
+    }
 
 
 def _wide_resnet_by_name(name: str) -> Callable[..., nn.Module]:
     match = re.fullmatch(r"(aa_)?wrn_(\d+)_(\d+)", name)
     if match is None:
-        raise ValueError(f"unknown model {name!r}{close_matches(name, MODELS)} known: {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}{close_matches(name, MODELS)}; known: {', '.join(MODELS)}")
     augmented, depth, width = match.groups()
     return partial(wide_resnet, int(depth), int(width), **(_PAPER if augmented else {}))

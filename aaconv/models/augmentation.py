@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aaconv.layers import AAConv
+from aaconv.layers.position import check_position_encoding
+from aaconv.ops.attention import implementation_for
 
 ModuleDef = Callable[..., Any]
 
@@ -45,6 +47,8 @@ def stage_convs(
         raise ValueError(f"kappa={kappa} must not be negative")
     if num_heads < 1:
         raise ValueError(f"num_heads={num_heads} must be at least 1")
+    check_position_encoding(attention.get("position_encoding", "relative"))
+    implementation_for(attention.get("implementation"))
     for name, chosen in (("stages", stages), ("pooled_stages", pooled_stages)):
         wrong = [s for s in chosen if not 1 <= s <= num_stages]
         if wrong:
@@ -62,6 +66,17 @@ def stage_convs(
         partial(conv, pooled_attention=stage in pooled_stages) if stage in stages else nn.Conv
         for stage in range(1, num_stages + 1)
     )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Checks that every size is at least 1.
+
+    Raises:
+      ValueError: naming the one that is not.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
 
 
 def check_images(module: nn.Module, images: jax.Array, *, stem: str, stride: int) -> None:
@@ -86,7 +101,7 @@ def check_images(module: nn.Module, images: jax.Array, *, stem: str, stride: int
             f"so both must be at least {stride}"
         )
     if module.has_variable("params", stem):
-        channels = module.get_variable("params", stem)["kernel"].shape[-2]
+        channels = nn.meta.unbox(module.get_variable("params", stem)["kernel"]).shape[-2]
         if images.shape[-1] != channels:
             raise ValueError(
                 f"images have {images.shape[-1]} channels and the network was initialised with {channels}: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -86,7 +86,7 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters in all (batch statistics are not)."""
+        """Trainable parameters in all (batch statistics are not trained)."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
@@ -112,7 +112,12 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> Summary:
       image_shape: ``(h, w, c)``.
 
     Returns:
-      A `Summary`. Nothing is computed and no memory is taken: the network is traced once.
+      A `Summary`. Nothing is computed and no memory is taken: the network is traced once. A layer that is called
+      twice has its FLOPs twice and its parameters once.
+
+    Raises:
+      ValueError: some parameters belong to no such layer's own call, as under `flax.linen.scan` or
+        `flax.linen.vmap`, so that the figures would be wrong.
 
     Example:
       >>> from aaconv import models
@@ -141,8 +146,23 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> Summary:
         with nn.intercept_methods(record):
             return model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
 
-    jax.eval_shape(trace)
-    return Summary(tuple(layers), tuple(attention))
+    variables = jax.eval_shape(trace)
+    summary = Summary(tuple(_once(layers)), tuple(attention))
+    whole = count_parameters(nn.meta.unbox(variables.get("params", {})))
+    if summary.parameters != whole:
+        raise ValueError(
+            f"the layers of {type(model).__name__} have {summary.parameters:,} parameters by their calls and {whole:,} "
+            "in all: layers under nn.scan or nn.vmap cannot be counted; summarise the repeated module by itself"
+        )
+    return summary
+
+
+def _once(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """Leaves a layer's parameters to the first of its calls."""
+    seen: set[str] = set()
+    for layer in layers:
+        yield dataclasses.replace(layer, parameters=0) if layer.path in seen else layer
+        seen.add(layer.path)
 
 
 def count_parameters(params: Any) -> int:
@@ -154,7 +174,7 @@ def _record(module, shape, out, around, layers, attention) -> None:
     path = "/".join(module.path)
     own = {
         name: value
-        for name, value in module.variables.get("params", {}).items()
+        for name, value in nn.meta.unbox(dict(module.variables.get("params", {}))).items()
         if not isinstance(value, dict) and hasattr(value, "shape")
     }
     if isinstance(module, MultiHeadSelfAttention):

@@ -53,7 +53,7 @@ def relative_attention(
         ``offset + size - 1`` serves ``offset = key - query``. None for attention without positions.
       spatial_ndim: number of spatial axes: 1 for signals, 2 for images, 3 for volumes and video.
       scale: multiplies content and relative logits alike; default :math:`d^{-1/2}`.
-      implementation: a name from `IMPLEMENTATIONS`, or None for the fastest that works here.
+      implementation: a name from `IMPLEMENTATIONS`, or None for the default, ``factorised``.
       precision: of the matrix products, see `jax.lax.Precision`.
 
     Returns:
@@ -87,12 +87,13 @@ def attention_weights(
     *,
     spatial_ndim: int = 2,
     scale: float | jax.Array | None = None,
+    implementation: str | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """The attention maps that `relative_attention` averages the values with, to look at.
 
     Args:
-      q, k, rel, spatial_ndim, scale, precision: as in `relative_attention`.
+      q, k, rel, spatial_ndim, scale, implementation, precision: as in `relative_attention`.
 
     Returns:
       ``(*b, n, h, w, h, w)``, query position before key position, in float32 or wider; it sums to 1
@@ -107,7 +108,8 @@ def attention_weights(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     space = relative.spatial_shape(q, spatial_ndim)
-    weights = _weights(q, k, rel, scale, spatial_ndim=spatial_ndim, form=DEFAULT_IMPLEMENTATION, precision=precision)
+    form = implementation_for(implementation)
+    weights = _weights(q, k, rel, scale, spatial_ndim=spatial_ndim, form=form, precision=precision)
     return weights.reshape(*weights.shape[:-2], *space, *space)
 
 
@@ -124,7 +126,7 @@ def implementation_for(implementation: str | None) -> str:
 
 
 def _check(q, k, v, rel, spatial_ndim) -> tuple[jax.Array, ...] | None:
-    space = relative.spatial_shape(q, spatial_ndim)
+    relative.spatial_shape(q, spatial_ndim)
     if k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or v.shape[-1] == 0:
         raise ValueError(
             f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}: k must equal q, and v may differ "
@@ -135,7 +137,6 @@ def _check(q, k, v, rel, spatial_ndim) -> tuple[jax.Array, ...] | None:
     if rel is None:
         return None
     rel = tuple(rel)
-    assert len(space) == spatial_ndim
     relative.check_tables(q, rel, spatial_ndim)
     return rel
 
@@ -155,7 +156,7 @@ def _weights(q, k, rel, scale, *, spatial_ndim, form, precision):
     if rel is not None:
         logits = logits + relative.relative_logits(q, rel, spatial_ndim=spatial_ndim, form=form, precision=precision)
     # The scale goes on the float32 logits: on bfloat16 queries it would round a second time.
-    return jax.nn.softmax(logits * scale, axis=-1)
+    return jax.nn.softmax(logits * jnp.asarray(scale, logits.dtype), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("spatial_ndim", "form", "precision"))

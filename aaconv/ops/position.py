@@ -13,7 +13,7 @@ def sinusoid(shape: Sequence[int], channels: int, *, dtype=jnp.float32) -> jax.A
     r"""Sinusoidal encoding of every position, the channels divided among the axes.
 
     Each axis gets a share of the channels, and in it sines and cosines of its coordinate ``p`` with
-    wavelengths from :math:`2\pi` to :math:`10^4 \cdot 2\pi`.
+    wavelengths from :math:`2\pi` up towards :math:`10^4 \cdot 2\pi`, in a geometric series.
 
     Args:
       shape: spatial shape ``(h, w)``, any number of axes.
@@ -25,6 +25,10 @@ def sinusoid(shape: Sequence[int], channels: int, *, dtype=jnp.float32) -> jax.A
 
     Raises:
       ValueError: fewer than two channels an axis.
+
+    Example:
+      >>> sinusoid((4, 5), 16).shape
+      (4, 5, 16)
 
     References:
       Parmar et al., Image Transformer, ICML 2018, 3.1 (rows and columns get half of the channels
@@ -57,6 +61,10 @@ def coordinates(shape: Sequence[int], *, radius: bool = True, dtype=jnp.float32)
 
     Returns:
       ``(h, w, 3)`` for two axes with the radius, ``(h, w, 2)`` without.
+
+    Example:
+      >>> coordinates((1, 3))[0, :, 1]
+      Array([-1.,  0.,  1.], dtype=float32)
 
     References:
       Liu et al., An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution,

@@ -66,16 +66,7 @@ def axis_logits(
     """
     shape = check_tables(q, rel, spatial_ndim)
     space = _AXIS_LETTERS[:spatial_ndim]
-    return tuple(
-        jnp.einsum(
-            f"...{space}nd,{letter}kd->...{space}nk",
-            q,
-            rows_by_query(table, size).astype(q.dtype),
-            precision=precision,
-            preferred_element_type=logits_dtype(q.dtype),
-        )
-        for letter, table, size in zip(space, rel, shape, strict=True)
-    )
+    return _axis_logits(q, rel, shape, f"...{space}nd", f"...{space}n", precision)
 
 
 def relative_logits(
@@ -148,6 +139,13 @@ def masked_relative_logits(q: jax.Array, table: jax.Array, *, precision: lax.Pre
 
     Raises:
       ValueError: the table's rank, rows or depth do not fit ``q``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masked_relative_logits(jnp.ones((1, 3, 1, 2)), jnp.arange(6.0).reshape(3, 2))[0, 0]
+      Array([[9., 0., 0.],
+             [5., 9., 0.],
+             [1., 5., 9.]], dtype=float32)
 
     References:
       Huang et al., Music Transformer, ICLR 2019, 3.4.1, https://arxiv.org/abs/1809.04281
@@ -233,13 +231,28 @@ def add_axes(parts: Sequence[jax.Array], shape: tuple[int, ...]) -> jax.Array:
 
 def _flat(logits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     size = math.prod(shape)
-    return logits.reshape(*logits.shape[: logits.ndim - 2 * len(shape)], size, size)
+    batch = logits.shape[: logits.ndim - 2 * len(shape)]
+    # One side at a time: on a mesh with explicit axes both at once are refused.
+    return logits.reshape(*batch, size, *shape).reshape(*batch, size, size)
 
 
 def _factorised(q, rel, shape, precision):
-    ndim = len(shape)
-    parts = axis_logits(jnp.moveaxis(q, -ndim - 2, -2), rel, spatial_ndim=ndim, precision=precision)
-    return _flat(add_axes([jnp.moveaxis(p, -2, -ndim - 2) for p in parts], shape), shape)
+    space = _AXIS_LETTERS[: len(shape)]
+    return _flat(add_axes(_axis_logits(q, rel, shape, f"...n{space}d", f"...n{space}", precision), shape), shape)
+
+
+def _axis_logits(q, rel, shape, q_letters, out_letters, precision):
+    """`axis_logits` for queries in any order of axes, e.g. heads first."""
+    return tuple(
+        jnp.einsum(
+            f"{q_letters},{letter}kd->{out_letters}k",
+            q,
+            rows_by_query(table, size).astype(q.dtype),
+            precision=precision,
+            preferred_element_type=logits_dtype(q.dtype),
+        )
+        for letter, table, size in zip(_AXIS_LETTERS, rel, shape, strict=False)
+    )
 
 
 def _offsets_to_positions(logits: jax.Array) -> jax.Array:

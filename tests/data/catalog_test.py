@@ -55,7 +55,7 @@ def test_a_misspelt_split_is_corrected(digits_config: ConfigDict):
         data.info(digits_config)
 
 
-@pytest.mark.parametrize("split", ["train[:0%]", "train[5:5]"])
+@pytest.mark.parametrize("split", ["train[:0%]", "train[5:5]", "train[95%:90%]"])
 def test_an_empty_split_is_refused(split: str, digits_config: ConfigDict):
     digits_config.data.train_split = split
     with pytest.raises(ValueError, match=r"is empty: select at least one image; there are train \(1437 images\)"):

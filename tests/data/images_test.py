@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 
@@ -16,6 +17,21 @@ def _encode(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
+
+
+def _broken_exif() -> bytes:
+    """A JPEG whose EXIF says that it is turned and has a fraction in the place of its width."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.5
+    whole = _encode(_ramp(10, 20), "JPEG", exif=exif)
+    assert whole.count(b"\x01\x1a\x00\x05") == 1
+    return whole.replace(b"\x01\x1a\x00\x05", b"\x01\x00\x00\x05")
+
+
+def _unknown_dds() -> bytes:
+    whole = bytearray(_encode(_ramp(8, 8), "DDS"))
+    whole[80:84] = (128).to_bytes(4, "little")  # the flags of the pixel format
+    return bytes(whole)
 
 
 def _ramp(height: int, width: int) -> np.ndarray:
@@ -88,6 +104,8 @@ def test_the_orientation_a_camera_noted_is_applied(tmp_path: Path):
         (_encode(_ramp(40, 40))[:70], "truncated"),
         (_encode(_ramp(40, 40), "JPEG")[:400], "truncated"),
         (_encode(np.zeros((4, 4), np.uint16)), "more than 8 bits"),
+        (_broken_exif(), "not an integer"),
+        (_unknown_dds(), "pixel format"),
     ],
 )
 def test_a_file_that_is_no_whole_image_is_named(content: bytes, reason: str, tmp_path: Path):
@@ -95,6 +113,12 @@ def test_a_file_that_is_no_whole_image_is_named(content: bytes, reason: str, tmp
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"picture\.png' is corrupt or not an image .*(?i:{reason}).*replace it by"):
         data.load_image(default_config(), path)
+
+
+def test_an_example_that_no_decoder_knows_is_named():
+    for decode in (images.decode, functools.partial(images.decode_central_crop, shape=(4, 4), share=1.0)):
+        with pytest.raises(ValueError, match="image example 3 is corrupt .*pixel format"):
+            decode(_unknown_dds(), channels=3, where="example 3")
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path):

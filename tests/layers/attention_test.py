@@ -37,7 +37,11 @@ def test_implementations_share_their_parameters():
     [
         (dict(num_heads=3, key_depth=10, value_depth=9), (1, 4, 4, 3), "num_heads=3 must divide key_depth=10"),
         (dict(num_heads=3, key_depth=9, value_depth=2), (1, 4, 4, 3), "use value_depth=3, or 1, 2 heads"),
-        (dict(num_heads=-1, key_depth=9, value_depth=9), (1, 4, 4, 3), "num_heads=-1 must be at least 1"),
+        (
+            dict(num_heads=-1, key_depth=9, value_depth=9),
+            (1, 4, 4, 3),
+            "num_heads=-1 must be a whole number of at least 1",
+        ),
         (dict(num_heads=1, key_depth=4, value_depth=4), (4, 3), "need at least 3 axes"),
         (
             dict(num_heads=1, key_depth=4, value_depth=4, position_encoding="rel"),

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn, nnx
 
 import aaconv
-from aaconv.layers import RelativePosition, attention_depths
+from aaconv.layers import RelativePosition, attention_depths, augmented_conv
 
 small = partial(aaconv.AAConv, kappa=0.5, upsilon=0.25, num_heads=2, min_key_depth=1)
 
@@ -174,7 +174,10 @@ def test_pooled_attention_pools_and_upsamples_its_branch_only():
     pooled = nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False)
     low = attention.apply({"params": variables["params"]["attention"]}, pooled)
     got = layer.apply(variables, x)
-    np.testing.assert_allclose(got[..., 6:], jax.image.resize(low, (2, 8, 8, 2), "bilinear"), atol=1e-6)
+    # The windows are centred on pixels 1, 3, 5 and 7: there the result is attention's own, between them the mean.
+    np.testing.assert_allclose(got[:, 1::2, 1::2, 6:], low, atol=1e-6)
+    np.testing.assert_allclose(got[:, 2::2, 1::2, 6:], (low[:, 1:] + low[:, :-1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(got[:, :2, :, 6:], got[:, [1, 0], :, 6:], atol=1e-6)
     conv = nn.Conv(6, (3, 3)).apply({"params": variables["params"]["conv"]}, x)
     np.testing.assert_array_equal(got[..., :6], conv)
 
@@ -356,6 +359,116 @@ def test_attention_maps_are_captured_only_on_request():
     assert str(jax.make_jaxpr(layer.apply)(variables, x)).count(" exp ") == 1
 
 
+@pytest.mark.parametrize("size", [(8, 6), (9, 7), (1, 2)], ids=str)
+def test_pooled_attention_comes_back_where_it_was(size):
+    # A straight ramp is its own average and its own interpolation, away from the border.
+    ramp = jnp.asarray(np.add.outer(np.arange(size[0]), 10 * np.arange(size[1])), jnp.float32)
+    back = augmented_conv._upsample(augmented_conv._pool_3x3(ramp[None, ..., None], 2), size)[0, ..., 0]
+    assert back.shape == size
+    np.testing.assert_allclose(back[2:-2, 2:-2], ramp[2:-2, 2:-2], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooled_attention": True},
+        {"strides": 2, "strided_attention": "average_pool"},
+        {"position_encoding": "sinusoid"},
+        {"position_encoding": "coordconv"},
+    ],
+    ids=str,
+)
+def test_integer_inputs_compute_as_in_conv(dtype, options):
+    x = (200 + 55 * jnp.sin(jnp.arange(192.0))).astype(dtype).reshape(1, 8, 6, 4)
+    layer = small(8, (3, 3), **options)
+    variables = layer.init(jax.random.key(0), x)
+    got, wanted = layer.apply(variables, x), layer.apply(variables, x.astype(jnp.float32))
+    assert got.dtype == nn.Conv(8, (3, 3)).init_with_output(jax.random.key(0), x)[0].dtype == jnp.float32
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("options", [{"pooled_attention": True}, {"strides": 2, "strided_attention": "average_pool"}])
+def test_pooling_does_not_overflow_in_float16(options):
+    x = jnp.full((1, 8, 8, 4), 3e4, jnp.float16)
+    layer = small(8, (3, 3), dtype=jnp.float16, kernel_init=nn.initializers.constant(1e-5), **options)
+    assert np.isfinite(layer.apply(layer.init(jax.random.key(0), x), x)).all()
+
+
+def test_arguments_of_conv_reach_the_attention_branch():
+    x = images(1, 5, 6, 4)
+    layer = small(
+        8,
+        (3, 3),
+        param_dtype=jnp.float16,
+        precision="highest",
+        kernel_init=nn.initializers.constant(0.5),
+        bias_init=nn.initializers.constant(2.0),
+        relative_init=nn.initializers.constant(0.25),
+        implementation="skew",
+    )
+    variables = layer.init(jax.random.key(0), x)
+    attention = variables["params"]["attention"]
+    assert all(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(variables))
+    for name in ("qkv", "out"):
+        assert (attention[name]["kernel"] == 0.5).all() and (attention[name]["bias"] == 2.0).all()
+    assert all((table == 0.25).all() for table in attention["relative"].values())
+    program = str(jax.make_jaxpr(layer.apply)(variables, x))
+    products = program.count("dot_general[")
+    assert products >= 6 and program.count("precision=(Precision.HIGHEST") >= products
+    # Skewing pads; the factorised form does not.
+    attend = aaconv.MultiHeadSelfAttention(num_heads=2, key_depth=4, value_depth=2)
+    for name, pads in (("skew", True), ("factorised", False)):
+        chosen = attend.clone(implementation=name)
+        variables = chosen.init(jax.random.key(0), x)
+        assert (" pad[" in str(jax.make_jaxpr(chosen.apply)(variables, x))) == pads
+
+
+def test_promotion_rule_of_conv_reaches_the_attention_branch():
+    def to_bfloat16(*arrays, dtype=None):
+        return [a if a is None else a.astype(jnp.bfloat16) for a in arrays]
+
+    x = images(1, 5, 6, 4)
+    for upsilon in (0.0, 0.25, 1.0):
+        layer = small(8, (3, 3), upsilon=upsilon, promote_dtype=to_bfloat16)
+        assert layer.apply(layer.init(jax.random.key(0), x), x).dtype == jnp.bfloat16
+
+
+def test_initialisers_of_convolutions_serve_the_projections():
+    x = images(1, 5, 6, 4)
+    layer = small(8, (3, 3), kernel_init=nn.initializers.delta_orthogonal())
+    kernel = layer.init(jax.random.key(0), x)["params"]["attention"]["qkv"]["kernel"]
+    np.testing.assert_allclose(kernel @ kernel.T, np.eye(4), atol=1e-5)
+
+
+def test_partitioned_parameters():
+    x = images(1, 5, 6, 4)
+    conv_names = (None, None, None, "model")
+    layer = small(
+        8,
+        (3, 3),
+        kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), conv_names),
+        relative_init=nn.with_partitioning(nn.initializers.normal(), (None, None)),
+    )
+    boxed = layer.init(jax.random.key(0), x)
+    assert boxed["params"]["attention"]["qkv"]["kernel"].names == (None, "model")
+    np.testing.assert_array_equal(layer.apply(boxed, x), layer.apply(nn.meta.unbox(boxed), x))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh(kind):
+    kinds = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds, devices=jax.devices()[:4])
+    x = images(4, 5, 6, 4)
+    layer = small(8, (3, 3))
+    variables = layer.init(jax.random.key(0), x)
+    wanted = layer.apply(variables, x)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        whole = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
+        np.testing.assert_allclose(jax.jit(layer.apply)(whole, split), wanted, atol=1e-5)
+
+
 # In the hands of others ---------------------------------------------------------------------------------
 
 
@@ -456,6 +569,8 @@ def test_under_remat_scan_and_vmap():
     for i in range(3):
         y, _ = Block().apply(jax.tree.map(lambda leaf, i=i: leaf[i], variables), y, None)
     np.testing.assert_allclose(got, y, atol=1e-4)
+    gradient = jax.grad(lambda v: (scanned.apply(v, x, None)[0] ** 2).sum())(variables)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
     layer = small(8, (3, 3))
     one = layer.init(jax.random.key(0), x)
     np.testing.assert_allclose(jax.vmap(layer.apply, (None, 0))(one, x), layer.apply(one, x), atol=1e-5)
@@ -476,9 +591,17 @@ def test_no_second_compilation_between_steps():
 WRONG = [
     (dict(upsilon=1.2), "upsilon=1.2 must lie between 0 .* and 1"),
     (dict(upsilon=-0.1), "upsilon=-0.1 must lie between"),
-    (dict(kappa=0.0), "kappa=0.0 must be greater than 0"),
-    (dict(kappa=-1.0), "kappa=-1.0 must be greater than 0"),
-    (dict(num_heads=0), "num_heads=0 must be at least 1"),
+    (dict(kappa=0.0), "kappa=0.0 must be a finite number greater than 0"),
+    (dict(kappa=float("inf")), "kappa=inf must be a finite number"),
+    (dict(upsilon=1.0, features=4, num_heads=8), "num_heads=8: use at most 4 heads"),
+    (dict(upsilon=1.0, strides=(2,)), r"strides=\(2,\) must be a number of at least 1, or one for each of 2"),
+    (dict(upsilon=1.0, strides=0), "strides=0 must be a number of at least 1"),
+    (dict(upsilon=1.0, padding=[(1, 1, 1), 1]), r"must give a number or a pair \(low, high\)"),
+    (dict(num_heads=2.5), "num_heads=2.5 must be a whole number"),
+    (dict(upsilon="0.5"), "upsilon='0.5' must be a number"),
+    (dict(key_depth=-4), "key_depth=-4 must be at least num_heads=2"),
+    (dict(padding="SMAE"), "padding='SMAE' is not one of SAME, .*did you mean 'SAME'"),
+    (dict(num_heads=0), "num_heads=0 must be a whole number of at least 1"),
     (dict(upsilon=0.1, num_heads=8), "upsilon=0.1 of features=12 .* num_heads=8: use upsilon >= 0.667"),
     (dict(upsilon=0.05, num_heads=1), "for each of num_heads=1: use upsilon >= 0.084$|0.084\\n"),
     (dict(upsilon=1.0, num_heads=5), "num_heads=5 must divide features; use 1, 2, 3, 4 heads"),

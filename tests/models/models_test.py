@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,11 @@ COUNTS = [
     ("aa_resnet50", dict(kappa=0.75, upsilon=0.75), "20.735", 6.8),
     ("aa_resnet50", dict(kappa=1.0, upsilon=1.0), "19.384", None),
 ]
+
+
+def initialise(model, images):
+    # Compiled as a whole: op by op it takes several times as long.
+    return jax.jit(partial(model.init, train=False))(jax.random.key(1), images)
 
 
 @pytest.mark.parametrize("name,options,parameters,gflops", COUNTS, ids=[f"{n}-{p}" for n, _, p, _ in COUNTS])
@@ -95,6 +102,34 @@ def test_flops_of_a_convolution_by_hand():
     ]
 
 
+def test_a_layer_called_twice_has_its_parameters_once():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            layer = nn.Conv(4, (3, 3), name="a")
+            return layer(layer(x))
+
+    summary = summarise(Net(), (6, 6, 4))
+    assert summary.parameters == 9 * 4 * 4 + 4
+    assert summary.flops == 2 * (2 * 36 * 9 * 4 * 4)
+
+
+def test_scanned_layers_are_refused_rather_than_miscounted():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Conv(4, (3, 3))(x), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scanned()(x, None)[0]
+
+    with pytest.raises(ValueError, match="have 148 parameters by their calls and 444 in all"):
+        summarise(Net(), (6, 6, 4))
+
+
 def test_attention_flops_by_hand():
     summary = summarise(aaconv.create("aa_wrn_10_1", stages=(3,), num_heads=2), (16, 16, 3))
     (product,) = [layer for layer in summary.layers if layer.kind == "attention"]
@@ -129,7 +164,7 @@ def test_a_small_network_learns_and_gradients_are_finite():
     model = aaconv.create("aa_wrn_10_1", num_classes=2, num_heads=1, min_key_depth=4)
     images = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     labels = jnp.arange(8) % 2
-    variables = model.init(jax.random.key(1), images, train=False)
+    variables = initialise(model, images)
 
     @jax.jit
     def step(variables):
@@ -159,11 +194,10 @@ def test_the_choice_of_stages_pooling_and_encoding():
     assert {a.value_depth for a in summary.attention} == {32}
 
 
-def test_a_plain_network_has_no_attention_and_can_be_given_some():
-    assert summarise(aaconv.create("resnet50"), (224, 224, 3)).attention == ()
-    one = aaconv.create("resnet50", kappa=0.2, upsilon=0.1)
-    other = aaconv.create("aa_resnet50")
-    assert summarise(one, (224, 224, 3)) == summarise(other, (224, 224, 3))
+def test_an_augmented_network_without_attention_is_the_plain_one():
+    plain = summarise(aaconv.create("resnet50"), (224, 224, 3))
+    assert plain.attention == ()
+    assert summarise(aaconv.create("aa_resnet50", kappa=0.0, upsilon=0.0), (224, 224, 3)) == plain
 
 
 def test_models_by_name_and_pattern():
@@ -178,22 +212,28 @@ def test_models_by_name_and_pattern():
 def test_larger_images_at_call_than_at_initialisation(name):
     heads = dict(num_heads=1, larger_maps="interpolate") if name.startswith("aa") else {}
     model = aaconv.create(name, num_classes=3, **heads)
-    variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False))
     for shape in ((2, 12, 8, 3), (2, 8, 6, 3)):
-        assert model.apply(variables, jnp.ones(shape), train=False).shape == (2, 3)
+        logits = jax.eval_shape(partial(model.apply, train=False), variables, jnp.ones(shape))
+        assert logits.shape == (2, 3)
 
 
 WRONG_NAMES = [
     ("resnet51", {}, "unknown model 'resnet51'; did you mean 'resnet5?0?"),
     ("wrn_27_10", {}, r"depth=27 must be 6 n \+ 4 .*: use 28"),
     ("wrn", dict(width=0), "width=0 must be at least 1"),
-    ("resnet50", dict(kapa=0.2), "resnet50 has no argument 'kapa'; did you mean 'kappa'"),
+    ("aa_resnet50", dict(kapa=0.2), "resnet50 has no argument 'kapa'; did you mean 'kappa'"),
     ("wrn_28_10", dict(width=4), r"width=4 is already set by the name 'wrn_28_10'; use wrn with depth="),
     ("aa_resnet50", dict(upsilon=1.5), "upsilon=1.5 must lie between 0"),
     ("aa_resnet50", dict(kappa=-0.5), "kappa=-0.5 must not be negative"),
     ("aa_resnet50", dict(num_heads=0), "num_heads=0 must be at least 1"),
     ("aa_resnet50", dict(stages=(3, 5)), r"stages=\(3, 5\): this network has stages 1 to 4, not 5"),
-    ("aa_resnet50", dict(stages=(3, 4)), r"pooled_stages=\(2,\) names stage 2, which is not among"),
+    ("aa_resnet50", dict(stages=(3, 4), pooled_stages=(2,)), r"pooled_stages=\(2,\) names stage 2, which is not among"),
+    ("resnet50", dict(width=0), "width=0 must be at least 1"),
+    ("resnet50", dict(num_classes=0), "num_classes=0 must be at least 1"),
+    ("resnet50", dict(kappa=0.2), "kappa=0.2: resnet50 is the plain network; use aa_resnet50"),
+    ("aa_resnet50", dict(position_encoding="sine"), "position_encoding='sine' is not one of"),
+    ("aa_resnet50", dict(implementation="skwe"), "implementation='skwe' is not one of"),
     ("wrn", dict(shortcut="proj"), "shortcut='proj' is not one of pad, projection; did you mean 'projection'"),
 ]
 
