@@ -68,6 +68,13 @@ def stage_convs(
     )
 
 
+def conv_and_norm(*, train: bool, dtype: Any, momentum: float) -> tuple[partial[nn.Conv], partial[nn.BatchNorm]]:
+    """Returns the plain convolution (no bias, He initialisation) and the batch normalisation of a network."""
+    conv = partial(nn.Conv, use_bias=False, dtype=dtype, kernel_init=he_normal)
+    norm = partial(nn.BatchNorm, use_running_average=not train, momentum=momentum, epsilon=1e-5, dtype=dtype)
+    return conv, norm
+
+
 def check_sizes(**sizes: int) -> None:
     """Checks that every size is at least 1.
 

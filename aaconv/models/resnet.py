@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aaconv.models.augmentation import ModuleDef, check_images, check_sizes, he_normal, stage_convs
+from aaconv.models.augmentation import ModuleDef, check_images, check_sizes, conv_and_norm, stage_convs
 
 
 class BasicBlock(nn.Module):
@@ -103,14 +103,7 @@ class ResNet(nn.Module):
           ValueError: images too small, of another dtype or number of channels.
         """
         check_images(self, images, stem="conv_stem", stride=32)
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=he_normal)
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            epsilon=1e-5,
-            dtype=self.dtype,
-        )
+        conv, norm = conv_and_norm(train=train, dtype=self.dtype, momentum=self.norm_momentum)
         x = conv(self.width, (7, 7), strides=2, name="conv_stem")(images)
         x = nn.relu(norm(name="norm_stem")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")

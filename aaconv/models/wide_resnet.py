@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aaconv.errors import close_matches
-from aaconv.models.augmentation import ModuleDef, check_images, check_sizes, he_normal, stage_convs
+from aaconv.models.augmentation import ModuleDef, check_images, check_sizes, conv_and_norm, stage_convs
 
 SHORTCUTS = ("pad", "projection")
 
@@ -88,14 +88,7 @@ class WideResNet(nn.Module):
           ValueError: images too small, of another dtype or number of channels.
         """
         check_images(self, images, stem="conv_stem", stride=4)
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=he_normal)
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            epsilon=1e-5,
-            dtype=self.dtype,
-        )
+        conv, norm = conv_and_norm(train=train, dtype=self.dtype, momentum=self.norm_momentum)
         x = conv(16, (3, 3), name="conv_stem")(images)
         maps = {"stem": x}
         stage_convs = self.stage_convs or (nn.Conv,) * 3
