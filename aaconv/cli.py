@@ -1,4 +1,4 @@
-"""The ``aaconv`` command: train, eval, show, predict, prepare, version.
+"""The ``aaconv`` command: train, eval, show, predict, prepare, bench, version.
 
 Results go to standard output, progress and remarks to standard error. Exit codes: 0 done;
 2 wrong input; 3 the loss became nan or infinite; 75 stopped after saving, the same command
@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,12 +128,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     groups = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     commands: dict[str, _Parser] = {}
 
-    def add(name: str, function: Callable[[Any], int], help: str, *, config: str = "", workdir: str = "") -> _Parser:
+    def add(
+        name: str, function: Callable[[Any], int], help: str, *, config: str = "", workdir: str = "", within: Any = None
+    ) -> _Parser:
         epilog = (
             "Any key of the config can be set: --config.KEY=VALUE or --config.KEY VALUE, for example "
             "--config.model.num_heads=4 --config.model.stages=2,3. `aaconv show` lists the keys."
         )
-        command = groups.add_parser(name, help=help, description=help, epilog=epilog if config else None)
+        parent = groups if within is None else within
+        command = parent.add_parser(name.split()[-1], help=help, description=help, epilog=epilog if config else None)
         command.set_defaults(function=function)
         command.add_argument("--debug", action="store_true", help="show where an error comes from")
         if config:
@@ -189,28 +193,98 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     prepare.add_argument(
         "--data-dir", metavar="DIR", help="where to (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
     )
+    bench = groups.add_parser("bench", help="Measure what attention and training steps cost.")
+    bench.description = "Measure what attention and training steps cost: medians after a warm-up, taken in turn."
+    _add_benchmarks(partial(add, within=bench.add_subparsers(metavar="WHAT", parser_class=_Parser)))
     add("version", _version, "Print the versions of aaconv and of what it runs on.")
     return parser, commands
 
 
+def _add_benchmarks(add: Callable[..., _Parser]) -> None:
+    attention = add(
+        "bench attention",
+        _bench_attention,
+        "Time and memory of relative attention: every implementation beside its peers, checked against float64.",
+    )
+    attention.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="B,n,H,W,d,e",
+        help="images, heads, height, width, key and value depth a head; may be repeated (default: by platform)",
+    )
+    attention.add_argument(
+        "--memory-limit", type=_positive, metavar="GB", help="begin nothing that needs more (default: half the free)"
+    )
+    attention.add_argument("--memory-only", action="store_true", help="compile and read the memory, run nothing")
+    step = add(
+        "bench step",
+        _bench_step,
+        "Time and memory of the training steps of networks, and where the time goes.",
+        config="config file of the recipe (default: that of the ImageNet ResNets)",
+    )
+    step.add_argument("--models", metavar="NAMES", help="networks (default: resnet50,aa_resnet50)")
+    step.add_argument(
+        "--size", type=_whole, metavar="PIXELS", help="side of the images (default: 160 on a CPU, else 224)"
+    )
+    step.add_argument("--batch", type=_whole, metavar="N", help="images a step (default: 8 on a CPU, else 128)")
+    step.add_argument("--inference", action="store_true", help="the evaluation step instead")
+    step.add_argument("--no-layers", action="store_true", help="leave out the layers by themselves")
+    for command, seconds, per in (
+        (attention, 20, "for each shape"),
+        (step, 60, "for the networks, and for the layers"),
+    ):
+        command.add_argument(
+            "--implementation",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="may be repeated "
+            f"(default: {'all, and the peers' if command is attention else 'what the networks take by themselves'})",
+        )
+        command.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16"),
+            help="default: float32 on a CPU, else bfloat16",
+        )
+        command.add_argument(
+            "--seconds", type=_positive, default=seconds, metavar="S", help=f"of timing {per} (default: {seconds})"
+        )
+        command.add_argument(
+            "--topology", default="", metavar="TPU", help="compile for a TPU without one, e.g. v5e:2x2, and run nothing"
+        )
+        folder = f"runs/{command.prog.partition(' ')[2].replace(' ', '/')}"
+        command.add_argument("--output", default=folder, metavar="DIR", help=f"for the files (default: {folder})")
+
+
 def _parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], argparse.Namespace]:
     parser, commands = _parser()
+    first = list(dict.fromkeys(command.split()[0] for command in commands))
     if not argv:
         parser.print_help(sys.stderr)
-        raise UsageError(f"no command: give one of {', '.join(commands)}")
+        raise UsageError(f"no command: give one of {', '.join(first)}")
     if argv[0] == "--version":
         argv = ["version"]
-    if argv[0] not in commands and argv[0] not in ("-h", "--help"):
-        near = close_matches(argv[0], commands) or f": give one of {', '.join(commands)}"
+    asks_help = {"-h", "--help"}
+    if argv[0] not in [*first, *asks_help]:
+        near = close_matches(argv[0], first) or f": give one of {', '.join(first)}"
         raise UsageError(f"unknown command {argv[0]!r}{near}")
+    name = argv[0]
+    if name == "bench":
+        kinds = [command.split()[1] for command in commands if command.startswith("bench ")]
+        what = argv[1] if len(argv) > 1 else ""
+        if what not in [*kinds, *asks_help]:
+            near = close_matches(what, kinds) or f": give one of {', '.join(kinds)}"
+            raise UsageError(f"`aaconv bench` does not measure {what!r}{near}" if what else f"nothing to measure{near}")
+        name = f"bench {what}"
     rest, overrides = _take_overrides(argv)
     arguments, unknown = parser.parse_known_args(rest)
     if unknown:
-        flags = [flag for action in commands[argv[0]]._actions for flag in action.option_strings]
-        raise UsageError(_unknown(unknown[0], argv[0], flags))
+        flags = [flag for action in commands[name]._actions for flag in action.option_strings]
+        raise UsageError(_unknown(unknown[0], name, flags))
     arguments.overrides = overrides
     if overrides and not hasattr(arguments, "config"):
-        raise UsageError(f"`aaconv {argv[0]}` takes no config: leave out --config.{overrides[0]}")
+        raise UsageError(f"`aaconv {name}` takes no config: leave out --config.{overrides[0]}")
     return arguments.function, arguments
 
 
@@ -254,6 +328,16 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return number
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -332,6 +416,45 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from aaconv import data
 
     print(data.prepare(arguments.name, arguments.data_dir))
+    return OK
+
+
+def _bench_attention(arguments: argparse.Namespace) -> int:
+    from aaconv.bench import attention
+    from aaconv.bench.program import Shape
+
+    attention.run(
+        [Shape.parse(text) for text in arguments.shape],
+        dtype=arguments.dtype or "",
+        names=arguments.implementation,
+        seconds=arguments.seconds,
+        memory_limit=arguments.memory_limit,
+        output=arguments.output,
+        memory_only=arguments.memory_only,
+        topology=arguments.topology,
+        note=_say,
+    )
+    return OK
+
+
+def _bench_step(arguments: argparse.Namespace) -> int:
+    from aaconv.bench import step
+
+    step.run(
+        step.MODELS if arguments.models is None else [name for name in arguments.models.split(",") if name],
+        recipe=arguments.config or "",
+        overrides=arguments.overrides,
+        implementations=arguments.implementation,
+        size=arguments.size,
+        batch=arguments.batch,
+        dtype=arguments.dtype or "",
+        inference=arguments.inference,
+        layers=not arguments.no_layers,
+        seconds=arguments.seconds,
+        output=arguments.output,
+        topology=arguments.topology,
+        note=_say,
+    )
     return OK
 
 
@@ -644,10 +767,13 @@ def _show(arguments: argparse.Namespace) -> int:
             f"{layer.map_bytes / 1e6:,.2f}",
         )
     console.print(attention)
-    used = ", ".join(dict.fromkeys(layer.implementation for layer in summary.attention))
-    console.print(
-        Text(f"key, value, conv: channels over all heads; maps: one image's weights if they are stored; by {used!r}")
-    )
+    console.print(Text("key, value, conv: channels over all heads; maps: one image's weights if they were stored"))
+    layers_by_choice: dict[Any, list[str]] = {}
+    for layer in summary.attention:
+        layers_by_choice.setdefault(layer.choice, []).append(layer.path.removesuffix("/attention"))
+    for choice, paths in layers_by_choice.items():
+        which = "all of them" if len(paths) == len(summary.attention) else ", ".join(paths)
+        console.print(Text(f"computed by {choice.implementation!r}, {choice.reason}: {which}"))
     return OK
 
 

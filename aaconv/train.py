@@ -238,7 +238,8 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     return models.create(config.model.name, num_classes=num_classes, dtype=jnp.dtype(config.dtype), **overrides)
 
 
-def _build(config: ConfigDict, model: nn.Module | None, data: Any, *, training: bool) -> Run:
+def build(config: ConfigDict, model: nn.Module | None, data: Any, *, training: bool) -> Run:
+    """Makes all that a run needs from its config; ``data`` stands in for `aaconv.data`, ``model`` for the config's."""
     if data is None:
         from aaconv import data
     mesh = parallel.make_mesh(config.mesh.data)
@@ -308,7 +309,7 @@ def train(
     """
     workdir = checkpoints.check_writable(workdir)
     progress = metrics.progress() if progress is None else progress
-    run = _build(config, model, data, training=True)
+    run = build(config, model, data, training=True)
     assert run.plan is not None
     plan, total_steps = run.plan, run.plan.total_steps
     abstract = run.abstract_state()
@@ -326,7 +327,7 @@ def train(
         iterator = iter(run.train)
         stack.callback(getattr(iterator, "close", lambda: None))
         if found is None:
-            start, state = 0, _fresh_state(run)
+            start, state = 0, fresh_state(run)
         else:
             start, items, meta = found
             state = TrainState.from_items(items)
@@ -347,7 +348,7 @@ def train(
         empty_window = jax.jit(Window.empty, out_shardings=replicated)
         is_finite = jax.jit(all_finite)
         learning_rate = jax.jit(plan.learning_rate)
-        evaluator = _Evaluator(run)
+        evaluator = Evaluator(run)
         clock = _Clock(config.batch_size, start)
         step_fn: Callable[..., Any] | None = None
         compile_seconds: float | None = None
@@ -411,7 +412,7 @@ def train(
             if step_fn is None:
                 progress.note("compiling the step ...")
                 began = time.monotonic()
-                step_fn = _compile_step(run, state, batch, resident)
+                step_fn = compile_step(run, state, batch, resident)
                 compile_seconds = time.monotonic() - began
                 progress.note(f"compiled the step in {compile_seconds:.1f} s")
                 clock.restart(step)
@@ -469,7 +470,8 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _fresh_state(run: Run) -> TrainState:
+def fresh_state(run: Run) -> TrainState:
+    """Returns the state before the first step, on every device of the run's mesh."""
     # Born on its devices. On a CPU the default optimisation level takes ten times as long to
     # compile as the initialisation it speeds up (80 s for a ResNet-50).
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -481,7 +483,8 @@ def _fresh_state(run: Run) -> TrainState:
     return init(jax.random.key(run.config.seed))
 
 
-def _compile_step(run: Run, state: TrainState, batch: Any, resident: Any) -> Callable[..., Any]:
+def compile_step(run: Run, state: TrainState, batch: Any, resident: Any) -> Callable[..., Any]:
+    """Compiles the training step for arrays, or shapes, like these; the state is donated to it."""
     replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
     step = jax.jit(
         functools.partial(train_step, run=run),
@@ -493,13 +496,13 @@ def _compile_step(run: Run, state: TrainState, batch: Any, resident: Any) -> Cal
     return step.lower(state, batch, resident).compile()
 
 
-class _Evaluator:
+class Evaluator:
     """Runs the evaluation set; compiles once."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._replicated, self._split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
-        self._step = jax.jit(
+        self.step = jax.jit(
             functools.partial(eval_step, run=run),
             in_shardings=(self._replicated, self._replicated, self._split),
             out_shardings=self._replicated,
@@ -515,7 +518,7 @@ class _Evaluator:
             # With several processes all must do the same number of batches.
             if jax.process_count() == 1 and interrupted():
                 return None
-            totals = self._step(variables, totals, parallel.to_global(batch, self._split))
+            totals = self.step(variables, totals, parallel.to_global(batch, self._split))
         if not float(totals.count):
             raise ValueError(
                 f"data.eval_split={self._run.config.data.eval_split!r} of {self._run.config.data.name!r} holds no "
@@ -758,9 +761,9 @@ def evaluate(
     Returns:
       ``step``, ``eval/loss``, ``eval/accuracy``, ``eval/top5``, over each example exactly once.
     """
-    run = _build(config, model, data, training=False)
+    run = build(config, model, data, training=False)
     restored = _restore(config, workdir, which, run.model, run.info, run.mesh, note)
-    values = _Evaluator(run)(restored.variables)
+    values = Evaluator(run)(restored.variables)
     assert values is not None
     return {"step": restored.step, **values}
 

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = {"errors", "config"}
 LEAVES = {"data", "optim", "metrics", "parallel", "checkpoints", "plots"}
-CHAIN = ["ops", "layers", "models", "train", "cli"]  # each may import what stands left of it
+CHAIN = ["ops", "layers", "models", "train", "bench", "cli"]  # each may import what stands left of it
 ALLOWED = {
     "__init__": {"ops", "layers", "models"},
     "__main__": {"cli"},
@@ -22,6 +22,7 @@ ALLOWED = {
     "layers": {"errors", "ops"},
     "models": {"errors", "ops", "layers"},
     "train": SHARED | {"ops", "layers", "models"} | LEAVES,
+    "bench": SHARED | set(CHAIN[:4]) | LEAVES,
     "cli": SHARED | set(CHAIN) | LEAVES | {"__init__"},
 }
 CORE = {"__init__", "errors", "ops", "layers", "models"}
@@ -35,11 +36,12 @@ HOMES = {  # the only rooms that may import a library at all
     "optax": {"optim", "train"},
     "matplotlib": {"plots"},
     "tensorboardX": {"metrics"},
+    "torch": {"bench"},
     "wandb": set(),
 }
 # At the top of a file these slow every start, or are not installed; some files are themselves imported late.
 LATE = set(HOMES) - {"optax"}
-TOP_LEVEL_BY_RIGHT = {("checkpoints", "orbax"), ("data", "grain"), ("data", "tensorflow_datasets")}
+TOP_LEVEL_BY_RIGHT = {("checkpoints", "orbax"), ("data", "grain"), ("data", "tensorflow_datasets"), ("bench", "torch")}
 
 
 def imports(tree: ast.Module, package: str):
@@ -123,6 +125,9 @@ def test_every_room_is_known():
         ("aaconv/plots.py", "import matplotlib.pyplot as plt"),
         ("aaconv/plots.py", "try:\n    import matplotlib\nexcept ImportError:\n    pass"),
         ("aaconv/metrics.py", "class A:\n    import tensorboardX"),
+        ("aaconv/ops/new.py", "def f():\n    import torch"),
+        ("aaconv/train.py", "from aaconv import bench"),
+        ("aaconv/bench/__init__.py", "import torch"),
         ("configs/new.py", "from aaconv import config"),
         ("configs/new.py", "import numpy as np"),
     ],

@@ -269,7 +269,7 @@ def test_folder_without_checkpoint(trained, images, aaconv, tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", "no command: give one of train, eval, show, predict, prepare, version"),
+        ("", "no command: give one of train, eval, show, predict, prepare, bench, version"),
         ("trian", "unknown command 'trian'; did you mean 'train'"),
         ("xyz", "unknown command 'xyz': give one of train"),
         ("train", "--config is missing"),
@@ -299,6 +299,26 @@ def test_folder_without_checkpoint(trained, images, aaconv, tmp_path):
         ("prepare cifr100", "did you mean 'cifar100'"),
         ("prepare digits --config.seed=1", "takes no config: leave out --config.seed=1"),
         ("version now", "`aaconv version` does not take 'now'"),
+        ("bench", "nothing to measure: give one of attention, step"),
+        ("bench atention", "`aaconv bench` does not measure 'atention'; did you mean 'attention'"),
+        ("bench --seconds 3", "`aaconv bench` does not measure '--seconds': give one of attention, step"),
+        (
+            "bench attention --shap 1,2,3,4,5,6",
+            "unknown flag --shap of `aaconv bench attention`; did you mean --shape",
+        ),
+        ("bench attention --shape 4,8,28", "--shape '4,8,28' must be six whole numbers of at least 1, B,n,H,W,d,e"),
+        ("bench attention --shape 4,8,0,28,20,4", "must be six whole numbers of at least 1"),
+        ("bench attention --implementation skwe", "--implementation 'skwe' is not one of factorised, "),
+        ("bench attention --seconds 0", "0 must be a number above 0"),
+        ("bench attention --dtype int8", "invalid choice: 'int8'"),
+        ("bench attention --output /proc/none", "--output /proc/none cannot be written"),
+        ("bench attention --config.seed=1", "`aaconv bench attention` takes no config: leave out --config.seed=1"),
+        ("bench step --models resnet5", "unknown model 'resnet5'; did you mean 'resnet50'"),
+        ("bench step --models ,", "--models is empty: name networks"),
+        ("bench step --implementation skwe", "did you mean 'skew'"),
+        ("bench step --config CONFIG", "data.image_size is not set in the config: add --size"),
+        ("bench step --size 8 --output DIR", "both must be at least 32"),
+        ("bench step --config.batchsize=3", "unknown config key 'batchsize'"),
     ],
 )
 def test_wrong_command_line_is_answered_in_one_line(config, aaconv, tmp_path, line, words):
@@ -335,7 +355,10 @@ def test_version(aaconv, words):
     assert f"aaconv {package.__version__}\n" in answer.out and f"jax {jax.__version__}\n" in answer.out
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "show", "predict", "prepare", "version"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "eval", "show", "predict", "prepare", "bench", "bench attention", "bench step", "version"],
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command.split(), "--help"])

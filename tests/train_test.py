@@ -168,7 +168,7 @@ def rows(workdir) -> list[dict]:
 
 def final_state(workdir) -> dict:
     config = make_config()
-    run = train._build(config, Net(), source(), training=True)
+    run = train.build(config, Net(), source(), training=True)
     with checkpoints.Checkpoints(workdir, read_only=True) as saved:
         found = saved.restore(run.abstract_state().items())
     assert found is not None

@@ -16,7 +16,7 @@ from aaconv.layers.position import (
     check_position_encoding,
     encode_input,
 )
-from aaconv.ops import attention_weights, relative_attention
+from aaconv.ops import BlockSizes, attention_weights, relative_attention
 
 Dtype = Any
 default_kernel_init = nn.linear.default_kernel_init
@@ -45,7 +45,8 @@ class MultiHeadSelfAttention(nn.Module):
       larger_maps: what the tables do on a larger map than at initialisation, see `RelativePosition`.
       spatial_ndim: spatial axes of the input: 1 for signals, 2 for images, 3 for volumes and video.
       use_bias: whether the two projections have a bias. The paper's counts are without.
-      implementation: of `aaconv.ops.relative_attention`; None for its default.
+      implementation: of `aaconv.ops.relative_attention`; None to have it chosen.
+      block_sizes: of `aaconv.ops.relative_attention`; None to have them chosen.
       dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as in `flax.linen.Dense`.
       relative_init: of the tables; default normal with deviation ``(key_depth / num_heads) ** -0.5``.
 
@@ -70,6 +71,7 @@ class MultiHeadSelfAttention(nn.Module):
     spatial_ndim: int = 2
     use_bias: bool = True
     implementation: str | None = None
+    block_sizes: BlockSizes | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None
@@ -131,6 +133,7 @@ class MultiHeadSelfAttention(nn.Module):
             rel,
             spatial_ndim=self.spatial_ndim,
             implementation=self.implementation,
+            block_sizes=self.block_sizes,
             precision=self.precision,
         )
         joined = heads.reshape(*heads.shape[:-2], self.value_depth)

@@ -15,6 +15,7 @@ from jax import lax
 from aaconv.errors import close_matches
 from aaconv.layers.attention import MultiHeadSelfAttention, check_depths, check_heads, promote_inputs
 from aaconv.layers.position import check_position_encoding
+from aaconv.ops import BlockSizes
 
 STRIDED_ATTENTION = ("subsample", "average_pool")
 PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
@@ -58,7 +59,8 @@ class AAConv(nn.Conv, kw_only=True):
         larger than the map at initialisation. Smaller maps use the middle of the tables, exactly.
       strided_attention: ``subsample`` or ``average_pool``, see above; no effect at stride 1.
       pooled_attention: whether attention runs at half the output's resolution.
-      implementation: of `aaconv.ops.relative_attention`; None for its default.
+      implementation: of `aaconv.ops.relative_attention`; None to have it chosen.
+      block_sizes: of `aaconv.ops.relative_attention`; None to have them chosen.
       relative_init: of the relative tables; default normal with deviation ``d ** -0.5``, d a head.
 
     ``use_bias``, ``dtype``, ``param_dtype``, ``promote_dtype``, ``precision``, ``kernel_init`` and ``bias_init``
@@ -91,6 +93,7 @@ class AAConv(nn.Conv, kw_only=True):
     strided_attention: str = "subsample"
     pooled_attention: bool = False
     implementation: str | None = None
+    block_sizes: BlockSizes | None = None
     relative_init: nn.initializers.Initializer | None = None
 
     @nn.compact
@@ -196,6 +199,7 @@ class AAConv(nn.Conv, kw_only=True):
             spatial_ndim=ndim,
             use_bias=self.use_bias,
             implementation=self.implementation,
+            block_sizes=self.block_sizes,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,

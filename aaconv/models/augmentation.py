@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from aaconv.layers import AAConv
 from aaconv.layers.position import check_position_encoding
-from aaconv.ops.attention import implementation_for
+from aaconv.ops.choice import check_name
 
 ModuleDef = Callable[..., Any]
 
@@ -48,7 +48,7 @@ def stage_convs(
     if num_heads < 1:
         raise ValueError(f"num_heads={num_heads} must be at least 1")
     check_position_encoding(attention.get("position_encoding", "relative"))
-    implementation_for(attention.get("implementation"))
+    check_name(attention.get("implementation"))
     for name, chosen in (("stages", stages), ("pooled_stages", pooled_stages)):
         wrong = [s for s in chosen if not 1 <= s <= num_stages]
         if wrong:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aaconv.layers import AAConv, MultiHeadSelfAttention
-from aaconv.ops.attention import implementation_for
+from aaconv.ops import Choice, choose_implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Attention:
       num_heads, key_depth, value_depth: over all heads, after rounding.
       conv_features: filters left to the convolution beside it.
       position_encoding: see `aaconv.AAConv`.
-      implementation: the one that runs, see `aaconv.ops.relative_attention`.
+      choice: the implementation that runs on this machine and why, see `aaconv.ops.choose_implementation`.
       map_bytes: memory of its float32 attention maps for one image when they are stored,
         ``num_heads * (h * w) ** 2 * 4``.
     """
@@ -70,7 +70,7 @@ class Attention:
     value_depth: int
     conv_features: int
     position_encoding: str
-    implementation: str
+    choice: Choice
 
     @property
     def map_bytes(self) -> int:
@@ -170,6 +170,17 @@ def count_parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def _choice(module: MultiHeadSelfAttention, space: tuple[int, ...], dtype: Any) -> Choice:
+    return choose_implementation(
+        (*space, module.num_heads, module.key_depth // module.num_heads),
+        module.value_depth // module.num_heads,
+        dtype,
+        spatial_ndim=module.spatial_ndim,
+        positions=module.position_encoding == "relative",
+        implementation=module.implementation,
+    )
+
+
 def _record(module, shape, out, around, layers, attention) -> None:
     path = "/".join(module.path)
     own = {
@@ -194,7 +205,7 @@ def _record(module, shape, out, around, layers, attention) -> None:
                 value_depth=module.value_depth,
                 conv_features=conv.features - module.value_depth if conv is not None else 0,
                 position_encoding=module.position_encoding,
-                implementation=implementation_for(module.implementation),
+                choice=_choice(module, space, out.dtype),
             )
         )
         return

@@ -1,9 +1,14 @@
 """Pure functions of arrays: attention over space with relative positions, and its parts."""
 
 from aaconv.ops.attention import (
-    IMPLEMENTATIONS as IMPLEMENTATIONS,
     attention_weights as attention_weights,
     relative_attention as relative_attention,
+)
+from aaconv.ops.blocks import BlockSizes as BlockSizes
+from aaconv.ops.choice import (
+    IMPLEMENTATIONS as IMPLEMENTATIONS,
+    Choice as Choice,
+    choose_implementation as choose_implementation,
 )
 from aaconv.ops.position import coordinates as coordinates, sinusoid as sinusoid
 from aaconv.ops.relative import (

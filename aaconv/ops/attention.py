@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from aaconv.errors import close_matches
-from aaconv.ops import relative
-
-IMPLEMENTATIONS: dict[str, str] = {
-    "factorised": "relative logits as H + W numbers a query, added to the content logits by broadcasting",
-    "skew": "the paper's own algorithm: relative logits by padding and reshaping (appendix of Bello et al.)",
-    "explicit": "one relative embedding for each pair of positions, (HW)^2 d of them (Shaw et al. 2018)",
-}
-"""What ``relative_attention(..., implementation=)`` knows, and how each does it."""
-
-DEFAULT_IMPLEMENTATION = "factorised"
+from aaconv.ops import blockwise, relative
+from aaconv.ops.blocks import BlockSizes
+from aaconv.ops.choice import check_name, choose_implementation, platform_of
 
 
 def relative_attention(
@@ -35,6 +27,7 @@ def relative_attention(
     spatial_ndim: int = 2,
     scale: float | jax.Array | None = None,
     implementation: str | None = None,
+    block_sizes: BlockSizes | None = None,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     r"""Attention of every position to every position of the same map, with relative logits.
@@ -53,14 +46,18 @@ def relative_attention(
         ``offset + size - 1`` serves ``offset = key - query``. None for attention without positions.
       spatial_ndim: number of spatial axes: 1 for signals, 2 for images, 3 for volumes and video.
       scale: multiplies content and relative logits alike; default :math:`d^{-1/2}`.
-      implementation: a name from `IMPLEMENTATIONS`, or None for the default, ``factorised``.
+      implementation: a name from `IMPLEMENTATIONS`, or None to have it chosen by platform, shape and
+        dtype, see `choose_implementation`. Those of linear memory have no forward-mode derivative.
+      block_sizes: overrides the block sizes of those that work in blocks, see `BlockSizes`.
       precision: of the matrix products, see `jax.lax.Precision`.
 
     Returns:
       ``(*b, h, w, n, e)`` in the inputs' dtype.
 
     Raises:
-      ValueError: shapes, dtypes or tables do not fit each other, or the name is unknown.
+      ValueError: shapes, dtypes, tables or block sizes do not fit, or the name is unknown.
+      NotImplementedError: the named implementation cannot serve on this platform or for this shape or
+        dtype; the message says why.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,10 +71,28 @@ def relative_attention(
       https://arxiv.org/abs/1904.09925
     """
     rel = _check(q, k, v, rel, spatial_ndim)
-    form = implementation_for(implementation)
+    platform = platform_of(q)
+    name = choose_implementation(
+        q.shape,
+        v.shape[-1],
+        q.dtype,
+        spatial_ndim=spatial_ndim,
+        positions=rel is not None,
+        implementation=implementation,
+        platform=platform,
+    ).implementation
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _attend(q, k, v, rel, scale, spatial_ndim=spatial_ndim, form=form, precision=precision)
+    if name in relative.FORMS:
+        return _attend(q, k, v, rel, scale, spatial_ndim=spatial_ndim, form=name, precision=precision)
+    if name == "blockwise":
+        kind = "cpu" if platform == "cpu" else "accelerator"
+        return blockwise.attend(
+            q, k, v, rel, scale, spatial_ndim=spatial_ndim, precision=precision, blocks=block_sizes, platform=kind
+        )
+    # A number is the kernel's own constant; an array multiplies the queries before it.
+    attend = _kernel(name, isinstance(scale, int | float))
+    return attend(q, k, v, rel, scale=scale, spatial_ndim=spatial_ndim, precision=precision, blocks=block_sizes)
 
 
 def attention_weights(
@@ -93,7 +108,8 @@ def attention_weights(
     """The attention maps that `relative_attention` averages the values with, to look at.
 
     Args:
-      q, k, rel, spatial_ndim, scale, implementation, precision: as in `relative_attention`.
+      q, k, rel, spatial_ndim, scale, precision: as in `relative_attention`.
+      implementation: as there; one that never holds the maps gives way to ``factorised``.
 
     Returns:
       ``(*b, n, h, w, h, w)``, query position before key position, in float32 or wider; it sums to 1
@@ -108,21 +124,24 @@ def attention_weights(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     space = relative.spatial_shape(q, spatial_ndim)
-    form = implementation_for(implementation)
+    check_name(implementation)
+    form = implementation if implementation in relative.FORMS else "factorised"
     weights = _weights(q, k, rel, scale, spatial_ndim=spatial_ndim, form=form, precision=precision)
     return weights.reshape(*weights.shape[:-2], *space, *space)
 
 
-def implementation_for(implementation: str | None) -> str:
-    """Returns the name of the implementation that will run, resolving None."""
-    if implementation is None:
-        return DEFAULT_IMPLEMENTATION
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
-            f"{close_matches(implementation, IMPLEMENTATIONS)}"
-        )
-    return implementation
+@functools.cache
+def _kernel(name: str, number: bool) -> Callable[..., jax.Array]:
+    """The compiled kernel; imported when it is used, `import aaconv` needs none of them."""
+    if name.startswith("pallas_tpu"):
+        from aaconv.ops import pallas_tpu
+
+        attend = functools.partial(pallas_tpu.attend, interpret=name == "pallas_tpu_interpret")
+    else:
+        from aaconv.ops import appended_codes
+
+        attend = functools.partial(appended_codes.attend, kernel="xla" if name == "appended_codes" else name)
+    return jax.jit(attend, static_argnames=("spatial_ndim", "precision", "blocks", *(("scale",) if number else ())))
 
 
 def _check(q, k, v, rel, spatial_ndim) -> tuple[jax.Array, ...] | None:
@@ -145,18 +164,16 @@ def _check(q, k, v, rel, spatial_ndim) -> tuple[jax.Array, ...] | None:
 def _weights(q, k, rel, scale, *, spatial_ndim, form, precision):
     """Softmax weights ``(*b, n, q, k)``, float32 at least."""
     size = math.prod(relative.spatial_shape(q, spatial_ndim))
+    wide = relative.logits_dtype(q.dtype)
+    scale = jnp.asarray(scale, wide)
+    # On the queries where that rounds nothing twice: the logits need not be kept for the scale's gradient.
+    if q.dtype == wide:
+        q, scale = q * scale, None
     q_flat, k_flat = (_heads_first(x, size, spatial_ndim) for x in (q, k))
-    logits = jnp.einsum(
-        "...qd,...kd->...qk",
-        q_flat,
-        k_flat,
-        precision=precision,
-        preferred_element_type=relative.logits_dtype(q.dtype),
-    )
+    logits = jnp.einsum("...qd,...kd->...qk", q_flat, k_flat, precision=precision, preferred_element_type=wide)
     if rel is not None:
         logits = logits + relative.relative_logits(q, rel, spatial_ndim=spatial_ndim, form=form, precision=precision)
-    # The scale goes on the float32 logits: on bfloat16 queries it would round a second time.
-    return jax.nn.softmax(logits * jnp.asarray(scale, logits.dtype), axis=-1)
+    return jax.nn.softmax(logits if scale is None else logits * scale, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("spatial_ndim", "form", "precision"))

@@ -28,6 +28,10 @@ def test_implementations_share_their_parameters():
     variables = layer.init(jax.random.key(1), x)
     for name in aaconv.IMPLEMENTATIONS:
         other = layer.clone(implementation=name)
+        if name in ("cudnn", "tokamax", "pallas_tpu"):
+            with pytest.raises(NotImplementedError, match=f"{name}.* cannot serve here"):
+                other.init(jax.random.key(1), x)
+            continue
         assert jax.tree.structure(other.init(jax.random.key(1), x)) == jax.tree.structure(variables)
         np.testing.assert_allclose(other.apply(variables, x), layer.apply(variables, x), atol=1e-5)
 

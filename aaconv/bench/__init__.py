@@ -1,0 +1,1 @@
+"""What attention and training steps cost: the benchmarks behind ``aaconv bench``."""

@@ -1,0 +1,37 @@
+"""How much of the attention maps an implementation in linear memory holds at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Sizes of the blocks; None leaves one to the implementation, which takes it from shape and platform.
+
+    Attributes:
+      query: query positions in a block. ``blockwise`` takes whole lines of the map, so a multiple of the
+        size of the last spatial axis; ``pallas_tpu`` a multiple of 128.
+      key: key positions in a block, ``pallas_tpu`` only: ``blockwise`` takes all keys at once.
+      pairs: (image, head) pairs computed side by side, ``blockwise`` only; it takes the largest number
+        up to this that divides heads and images evenly.
+
+    Raises:
+      ValueError: a size is not a positive integer.
+
+    Example:
+      >>> BlockSizes(query=56)
+      BlockSizes(query=56, key=None, pairs=None)
+    """
+
+    query: int | None = None
+    key: int | None = None
+    pairs: int | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(
+                    f"BlockSizes({field.name}={size!r}): it must be a positive integer, or None to have it chosen"
+                )

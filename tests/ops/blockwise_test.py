@@ -1,0 +1,182 @@
+"""What is particular to the implementation in blocks: its cuts, its memory, and jax's transformations."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from aaconv import ops
+
+attend = functools.partial(ops.relative_attention, implementation="blockwise")
+
+
+def gradients(f, *args):
+    """Of a loss in which every output counts differently."""
+
+    def loss(*args):
+        out = f(*args)
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.sum(out * weights.astype(out.dtype))
+
+    return jax.grad(loss, argnums=tuple(range(len(args))))(*args)
+
+
+def assert_close(got, wanted, atol=1e-10):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, wanted)
+
+
+@pytest.mark.parametrize(
+    "space,query,pairs",
+    [
+        ((5, 4), 4, 1),  # a line and a pair at a time
+        ((5, 4), 8, 2),  # two lines: the last block is half empty
+        ((5, 4), 20, 6),  # one block
+        ((7,), 3, 3),  # a signal: every position is a line
+        ((3, 2, 5), 20, 4),  # four lines, across the frames of a volume
+        ((1, 1), 1, None),
+        ((13, 1), 5, None),
+    ],
+    ids=str,
+)
+def test_any_cut_gives_the_same(inputs, space, query, pairs):
+    q, k, v, rel = inputs(space, batch=(6,), n=4)
+    sizes = ops.BlockSizes(query=query, pairs=pairs)
+    with jax.enable_x64(True):
+        f = functools.partial(ops.relative_attention, spatial_ndim=len(space))
+        for tables in (rel, None):
+            whole = lambda *a: f(*a, implementation="factorised")
+            cut = lambda *a: f(*a, implementation="blockwise", block_sizes=sizes)
+            assert_close(cut(q, k, v, tables), whole(q, k, v, tables))
+            if tables is not None:
+                assert_close(gradients(cut, q, k, v, tables), gradients(whole, q, k, v, tables))
+
+
+@pytest.mark.parametrize("d,e", [(1, 1), (1, 128), (128, 1), (128, 128), (20, 8)])
+def test_any_depth(inputs, d, e):
+    args = inputs((3, 7), n=2, d=d, e=e)
+    with jax.enable_x64(True):
+        plain = functools.partial(ops.relative_attention, implementation="factorised")
+        assert_close(gradients(attend, *args), gradients(plain, *args))
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.bfloat16, 0.05), (jnp.float16, 0.01), (jnp.float32, 1e-5)])
+def test_gradients_in_narrow_types(inputs, dtype, tolerance):
+    args = jax.tree.map(lambda x: jnp.asarray(x, dtype), inputs((4, 9), d=8))
+    got = gradients(attend, *args)
+    assert all(g.dtype == dtype for g in jax.tree.leaves(got))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), args)
+        wanted = gradients(functools.partial(ops.relative_attention, implementation="factorised"), *wide)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(np.asarray(g, np.float64), w, atol=tolerance * np.abs(w).max())
+
+
+def largest_buffer(f, *args):
+    """Elements of the largest array in the compiled program, inside its fusions and loops too."""
+    shapes = re.findall(r"[a-z]+\d+\[([\d,]+)\]", jax.jit(f).lower(*args).compile().as_text())
+    return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
+
+
+@pytest.mark.parametrize("derivative", [False, True], ids=["forward", "gradient"])
+def test_no_array_is_as_large_as_the_maps(inputs, derivative):
+    args = jax.tree.map(jnp.asarray, inputs((40, 40), batch=(2,), n=2, d=8, e=4, dtype=np.float32))
+    f = functools.partial(gradients, attend) if derivative else attend
+    one_map = 1600**2
+    assert largest_buffer(f, *args) < one_map / 4
+    plain = functools.partial(ops.relative_attention, implementation="factorised")
+    assert largest_buffer(functools.partial(gradients, plain) if derivative else plain, *args) >= 4 * one_map
+
+
+def test_memory_grows_with_the_positions_not_with_their_square():
+    def temporaries(size):
+        q = jax.ShapeDtypeStruct((1, size, size, 8, 20), jnp.float32)
+        v = jax.ShapeDtypeStruct((1, size, size, 8, 4), jnp.float32)
+        rel = (jax.ShapeDtypeStruct((2 * size - 1, 20), jnp.float32),) * 2
+        program = jax.jit(functools.partial(gradients, attend)).lower(q, q, v, rel).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64) < 5 * temporaries(32)
+
+
+def test_second_derivative_of_the_scale_and_queries(inputs):
+    q, k, v, rel = inputs((2, 3), batch=(1,))
+    with jax.enable_x64(True):
+        of = lambda f: jax.grad(lambda q: jnp.sum(jnp.sin(jax.grad(lambda q: jnp.sum(f(q, k, v, rel) ** 2))(q))))(q)
+        plain = functools.partial(ops.relative_attention, implementation="factorised")
+        assert_close(of(attend), of(plain))
+
+
+def test_forward_mode_is_refused_by_name(inputs):
+    q, k, v, rel = inputs((2, 3), dtype=np.float32)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: attend(q, k, v, rel), (q,), (q,))
+
+
+def test_under_vmap_and_remat(inputs):
+    q, k, v, rel = inputs((3, 4), batch=(4, 2))
+    with jax.enable_x64(True):
+        wanted = gradients(attend, q, k, v, rel)
+        assert_close(gradients(jax.vmap(attend, (0, 0, 0, None)), q, k, v, rel), wanted)
+        assert_close(gradients(jax.vmap(jax.vmap(attend, (0, 0, 0, None)), (1, 1, 1, None), 1), q, k, v, rel), wanted)
+        assert_close(gradients(jax.checkpoint(attend), q, k, v, rel), wanted)
+
+
+def test_exports_with_a_symbolic_batch(inputs):
+    q, k, v, rel = inputs((3, 4), batch=(5,), dtype=np.float32)
+    (b,) = export.symbolic_shape("b")
+    symbolic = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (q, k, v)]
+    for f in (attend, functools.partial(gradients, attend)):
+        again = export.export(jax.jit(f))(*symbolic, rel)
+        assert_close(again.call(q, k, v, rel), f(q, k, v, rel), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_on_a_mesh_nothing_is_gathered(inputs, kind):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
+    q, k, v, rel = inputs((6, 5), batch=(8,), n=2, dtype=np.float32)
+    wanted = gradients(attend, q, k, v, rel)
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+    q, k, v = (jax.device_put(x, by_batch) for x in (q, k, v))
+    rel = jax.tree.map(lambda x: jax.device_put(x, whole), rel)
+
+    def step(q, k, v, rel):
+        return jax.grad(lambda *a: jnp.sum(attend(*a) ** 2 / 2), argnums=(0, 1, 2, 3))(q, k, v, rel)
+
+    program = jax.jit(step).lower(q, k, v, rel).compile()
+    assert "all-gather" not in program.as_text()
+    out = jax.tree.map(np.asarray, program(q, k, v, rel))
+    assert_close(out, jax.tree.map(np.asarray, jax.jit(step)(*jax.tree.map(np.asarray, (q, k, v, rel)))), atol=1e-4)
+    assert out[0].shape == wanted[0].shape
+
+
+def test_within_shard_map_the_tables_gather_every_devices_gradient(inputs):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    q, k, v, rel = inputs((3, 4), batch=(4,))
+    with jax.enable_x64(True):
+        batch, whole = PartitionSpec("data"), PartitionSpec()
+        f = jax.shard_map(attend, mesh=mesh, in_specs=(batch, batch, batch, whole), out_specs=batch)
+        assert_close(gradients(jax.jit(f), q, k, v, rel), gradients(attend, q, k, v, rel))
+
+
+@pytest.mark.parametrize(
+    "sizes,message",
+    [
+        (dict(query=6), r"BlockSizes\(query=6\) for a map of 5 x 4: .* whole lines, a multiple of 4 and at most 20"),
+        (dict(query=24), r"BlockSizes\(query=24\).*at most 20"),
+        (dict(query=0), r"BlockSizes\(query=0\): it must be a positive integer"),
+        (dict(pairs=2.0), r"BlockSizes\(pairs=2.0\): it must be a positive integer"),
+        (dict(key=True), r"BlockSizes\(key=True\): it must be a positive integer"),
+    ],
+    ids=str,
+)
+def test_says_which_block_sizes_do_not_divide(inputs, sizes, message):
+    q, k, v, rel = inputs((5, 4))
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, v, rel, block_sizes=ops.BlockSizes(**sizes))
