@@ -13,6 +13,7 @@ from aaconv.layers import AAConv as AAConv, MultiHeadSelfAttention as MultiHeadS
 from aaconv.models import create as create, list_models as list_models
 from aaconv.ops import (
     IMPLEMENTATIONS as IMPLEMENTATIONS,
+    BlockSizes as BlockSizes,
     attention_weights as attention_weights,
     relative_attention as relative_attention,
     relative_logits as relative_logits,

@@ -597,9 +597,9 @@ def _last_values(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 _CONTINUABLE = (
     "num_epochs num_steps log_every_steps eval_every_epochs eval_batch_size checkpoint. mesh. "
-    "data.data_dir data.num_workers data.placement"
+    "data.data_dir data.num_workers data.placement model.implementation"
 ).split()
-"""Keys, or groups of them, that may change between a run's parts: they do not alter what an update does."""
+"""Keys, or groups of them, that may change between a run's parts: but for rounding, updates stay the same."""
 
 
 def to_json(config: ConfigDict) -> str:

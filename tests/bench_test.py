@@ -199,7 +199,7 @@ def test_a_tpu_need_not_be_there(tmp_path):
     assert done.returncode == cli.OK and "TPU v5 lite, one chip of v5e:2x2" in done.stdout, done.stderr
     with (tmp_path / "attention.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["status"] == "compiled" and row["dtype"] == "bfloat16" and float(row["gradient_accessed"]) > 0
+    assert row["status"] == "compiled" and row["dtype"] == "bfloat16" and float(row["gradient_moved"]) > 0
 
 
 # step

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from aaconv import parallel
-from aaconv.bench import report
+from aaconv.bench import report, traffic
 
 Device: TypeAlias = Any  # jax.Device, which type checkers take for a variable
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")  # examples, one a generation
@@ -34,9 +34,8 @@ class Needs:
     Attributes:
       temporaries: bytes beside arguments and results; None where the program was refused.
       arguments, results: bytes of these; donated arguments count as arguments alone.
-      bytes_accessed: what all of its operations read and write, by the compiler's model. A custom kernel counts
-        with what its author declared.
-      flops: likewise.
+      moved: bytes between the device's memory and its cores, see `traffic.hbm_bytes`; None where the program's text
+        does not say.
       refused: why it does not fit, in the compiler's figures; "" where it does.
       required: bytes it would need on the device, where it was refused.
     """
@@ -44,8 +43,7 @@ class Needs:
     temporaries: int | None = None
     arguments: int | None = None
     results: int | None = None
-    bytes_accessed: float | None = None
-    flops: float | None = None
+    moved: int | None = None
     refused: str = ""
     required: int | None = None
 
@@ -79,17 +77,23 @@ def account(compile: Callable[[], Any]) -> tuple[Any, Needs]:
 
 def needs_of(compiled: Any) -> Needs:
     """Reads an executable's own account of itself."""
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list | tuple) else cost or {}
+    memory, moved = compiled.memory_analysis(), _moved(compiled)
     if memory is None:
-        return Needs(bytes_accessed=cost.get("bytes accessed"), flops=cost.get("flops"))
+        return Needs(moved=moved)
     return Needs(
         temporaries=memory.temp_size_in_bytes,
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        bytes_accessed=cost.get("bytes accessed"),
-        flops=cost.get("flops"),
+        moved=moved,
     )
+
+
+def _moved(compiled: Any) -> int | None:
+    text = compiled.as_text()
+    try:
+        return traffic.hbm_bytes(text) if text else None
+    except ValueError:  # a loop whose length depends on the data
+        return None
 
 
 def topology_devices(name: str) -> tuple[Device, ...]:

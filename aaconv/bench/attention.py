@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,30 @@ _SHAPES = {
 }
 _AHEAD = ("128,8,28,28,20,8", "128,8,56,56,20,8")
 
+_LINEAR = ("blockwise", "pallas_tpu", "tpu_flash_codes")  # in memory; the others store the maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak rates of one chip, a second.
+
+    Attributes:
+      bandwidth: bytes between HBM and the core, published.
+      macs: multiplications and additions in bfloat16, half of the published FLOP/s.
+      exponentials: in float32; not published, inferred from the width of the vector unit and the clock.
+    """
+
+    bandwidth: float
+    macs: float
+    exponentials: float | None = None
+
+
+# By `jax.Device.device_kind`: https://cloud.google.com/tpu/docs/v5e and .../v6e.
+CHIPS = {
+    "TPU v5 lite": Chip(819e9, 197e12 / 2, 1024 * 1.5e9),  # 8 x 128 lanes, one a cycle
+    "TPU v6 lite": Chip(1640e9, 918e12 / 2),
+}
+
 _CHECKS = ("appended_codes", "pallas_tpu_interpret")  # there to check values: measured where they are asked for
 
 Note = Callable[[str], None]
@@ -55,7 +80,7 @@ class Row:
       forward_s, gradient_s: median seconds; ``_q1`` and ``_q3`` the quartiles, ``_samples`` how many.
         The gradient is of all five inputs and includes the forward pass.
       forward_bytes, gradient_bytes: temporary memory.
-      forward_accessed, gradient_accessed: bytes that the program moves, by the compiler's model.
+      forward_moved, gradient_moved: bytes between the device's memory and its cores, see `traffic.hbm_bytes`.
       required_bytes: what the device would need for what does not fit.
     """
 
@@ -83,8 +108,8 @@ class Row:
     gradient_samples: int | None = None
     forward_bytes: int | None = None
     gradient_bytes: int | None = None
-    forward_accessed: float | None = None
-    gradient_accessed: float | None = None
+    forward_moved: int | None = None
+    gradient_moved: int | None = None
     required_bytes: int | None = None
 
     @classmethod
@@ -176,6 +201,7 @@ def run(
         f"{device.device_kind}, one chip of {topology}, compiled ahead of time" if topology else ""
     )
     columns = [*machine, *(field.name for field in dataclasses.fields(Row))]
+    chip = CHIPS.get(device.device_kind) if topology else None
     rows: list[Row] = []
     with report.Csv(Path(output) / "attention.csv", columns) as file:
         print(report.describe(machine))
@@ -197,9 +223,9 @@ def run(
                     file.write({**machine, **dataclasses.asdict(row)})
         except KeyboardInterrupt:
             note(f"interrupted: {file.path} holds the {len(rows)} rows of the shapes that were finished")
-            _finish(rows, memory_only, file.path, machine["device"], note)
+            _finish(rows, memory_only, file.path, machine["device"], chip, note)
             raise
-    _finish(rows, memory_only, file.path, machine["device"], note)
+    _finish(rows, memory_only, file.path, machine["device"], chip, note)
     return rows
 
 
@@ -251,7 +277,7 @@ def _account(row: Row, compiled: program.Compiled) -> None:
     """Puts what the compiler says into a row."""
     forward, gradient = compiled.forward_needs, compiled.gradient_needs
     row.forward_bytes, row.gradient_bytes = forward.temporaries, gradient.temporaries
-    row.forward_accessed, row.gradient_accessed = forward.bytes_accessed, gradient.bytes_accessed
+    row.forward_moved, row.gradient_moved = forward.moved, gradient.moved
     refused = gradient if gradient.refused else forward
     if refused.refused:
         what = "forward + backward" if gradient.refused else "forward"
@@ -369,7 +395,7 @@ def _failed(row: Row, error: Exception) -> None:
 # What is printed and drawn
 
 
-def _finish(rows: Sequence[Row], memory_only: bool, path: Path, device: str, note: Note) -> None:
+def _finish(rows: Sequence[Row], memory_only: bool, path: Path, device: str, chip: Chip | None, note: Note) -> None:
     if not rows:
         return
     picture = _draw(rows, path.with_suffix(".png"), device, note)
@@ -390,6 +416,14 @@ def _finish(rows: Sequence[Row], memory_only: bool, path: Path, device: str, not
         group = [row for row in rows if row.shape == shape]
         print(f"\n**B n H W d e = {str(shape).replace(',', ' ')}, {group[0].dtype}**\n")
         print(_memory_table(group) if memory_only else _table(group))
+    if chip is not None:
+        for shape in dict.fromkeys(row.shape for row in rows):
+            group = [row for row in rows if row.shape == shape]
+            print(
+                f"\n**Floors at B n H W d e = {str(shape).replace(',', ' ')}, {group[0].dtype}, forward + backward**\n"
+            )
+            print(_floors(group, chip))
+        print(f"\n{FLOORS_LEGEND}")
 
 
 LEGEND = (
@@ -399,8 +433,18 @@ LEGEND = (
 )
 MEMORY_LEGEND = (
     "MB: temporary memory, 10^6 bytes. + backward: forward and backward together, the gradients of q, k, v and both\n"
-    f"tables. / {BASELINE}: as a share of the published algorithm's. moves: bytes that operations read and write, by\n"
-    "the compiler's model, with custom kernels as their authors declare them. *: what aaconv takes by itself."
+    f"tables. / {BASELINE}: as a share of the published algorithm's. moves: bytes between the device's memory and\n"
+    "its cores, read off the compiled program: loops with all their trips, what stays in VMEM not at all, custom\n"
+    "kernels with their operands and results once. *: what aaconv takes by itself."
+)
+
+FLOORS_LEGEND = (
+    "These are bounds, not timings: nothing ran. Each line is an amount of work over the chip's peak rate, as if it\n"
+    "were all there is to do; a program takes at least the longest of its own lines and of those of all, and may take\n"
+    "much longer. The rates of memory and of products, in bfloat16, are published, that of exponentials is inferred.\n"
+    "bytes moved: as above; kernels that fetch a block again move more. by their block specs: between VMEM and where\n"
+    "the arrays are, which for some is VMEM as well. products: two kinds forward, five backward, without those that\n"
+    "form the relative logits. inputs and results: q, k, v, the output and both tables, and the gradient of each."
 )
 
 
@@ -442,12 +486,52 @@ def _memory_table(group: Sequence[Row]) -> str:
     for row in group:
         if row.status in ("unavailable", "failed"):
             continue
-        moves = "-" if row.gradient_accessed is None else f"{row.gradient_accessed / 1e9:,.1f}"
+        moves = _gigabytes(row.gradient_moved)
         share = report.ratio(size(row), base and size(base))
         fits = "yes" if row.status == "compiled" else f"no: {row.reason}"
         sizes = report.megabytes(row.forward_bytes), report.megabytes(row.gradient_bytes)
         body.append([row.label, *sizes, share, moves, fits])
     return report.table([*columns, "fits"], body)
+
+
+def _floors(group: Sequence[Row], chip: Chip) -> str:
+    """How long each thing that has to be done takes at the chip's rate, were it the only one."""
+    from aaconv.ops import pallas_tpu
+
+    shape, dtype = group[0].shape, jnp.dtype(group[0].dtype)
+    maps, d, e = shape.batch * shape.heads, shape.key_depth, shape.value_depth
+    pairs = maps * shape.pixels**2
+    body: list[list[str]] = []
+
+    def floor(whose: str, what: str, amount: float, unit: str, rate: float | None, suffix: str = "") -> None:
+        scale = {"GB": 1e9, "TMAC": 1e12, "G": 1e9}[unit]
+        known = "unknown" if rate is None else f"{_digits(rate / scale)} {unit}/s{suffix}"
+        least = "-" if rate is None else _digits(1e3 * amount / rate)
+        body.append([whose, what, f"{_digits(amount / scale)} {unit}", known, least])
+
+    for row in group:
+        if row.implementation in _LINEAR and row.status == "compiled":
+            if row.gradient_moved is not None:
+                floor(row.implementation, "bytes moved", row.gradient_moved, "GB", chip.bandwidth)
+            if row.implementation == "pallas_tpu":
+                space = (shape.height, shape.width)
+                ways = pallas_tpu.costs(space, d, e, maps=maps, dtype=dtype).values()
+                moved, macs = (sum(way[key] for way in ways) for key in ("hbm_bytes", "macs"))
+                floor(row.implementation, "bytes of its kernels, by their block specs", moved, "GB", chip.bandwidth)
+                floor(row.implementation, "products, padded as its kernels do", macs, "TMAC", chip.macs)
+    arrays = 2 * sum(map(math.prod, shape.arrays())) * dtype.itemsize
+    floor("all", "inputs and results once, unpadded", arrays, "GB", chip.bandwidth)
+    floor("all", "products, unpadded", pairs * ((d + e) + (3 * d + 2 * e)), "TMAC", chip.macs)
+    floor("all", "exponentials, once each way", 2 * pairs, "G", chip.exponentials, " (inferred)")
+    return report.table(["of", "what", "amount", "rate", "ms at least"], body, text=2)
+
+
+def _digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _gigabytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / 1e9:,.{1 if size >= 1e10 else 2}f}"
 
 
 def series(rows: Iterable[Row]) -> list[Row]:

@@ -16,8 +16,8 @@ from aaconv.bench import ahead, reference
 from aaconv.bench.timing import Job
 
 CHECKED_QUERIES = 32
-# What a right answer stays below; what is wrong misses by tens of percent. float32 leaves room for TF32 products.
-TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
+# What a right answer stays below: some hundred times the rounding of float32. Keys that were not masked miss by 0.24%.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 
 Attend = Callable[..., Any]  # (q, k, v, rel_h, rel_w) -> out
 

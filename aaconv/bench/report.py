@@ -61,27 +61,32 @@ def free_memory() -> int | None:
 
 
 class Csv:
-    """A CSV file that is complete after every row.
+    """A CSV file that is complete after every row, and replaces an earlier one with its first.
 
     Raises:
       ValueError: the folder cannot be made or written.
     """
 
     def __init__(self, path: str | os.PathLike[str], columns: Sequence[str]) -> None:
-        self.path = Path(path)
+        self.path, self._columns = Path(path), columns
+        self._file = None
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", newline="")
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ValueError(f"--output {folder} is a file, or lies below one: name a folder") from error
         except OSError as error:
-            raise ValueError(
-                f"--output {self.path.parent} cannot be written ({error.strerror}): name another folder"
-            ) from error
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n", restval="")
-        self._writer.writeheader()
-        self._file.flush()
+            raise ValueError(f"--output {folder} cannot be made ({error.strerror}): name another folder") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--output {folder} cannot be written: name another folder")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row; None is an empty field."""
+        if self._file is None:
+            self.path.with_suffix(".png").unlink(missing_ok=True)  # of the earlier rows
+            self._file = self.path.open("w", newline="")
+            self._writer = csv.DictWriter(self._file, self._columns, lineterminator="\n", restval="")
+            self._writer.writeheader()
         self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
         self._file.flush()
 
@@ -89,7 +94,8 @@ class Csv:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:

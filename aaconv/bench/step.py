@@ -45,7 +45,7 @@ class Row:
       images_per_s: batch divided by the median.
       temporary_bytes: beside state, batch and results.
       argument_bytes: state and batch.
-      accessed: bytes that the step moves, by the compiler's model.
+      moved: bytes between the device's memory and its cores, see `traffic.hbm_bytes`.
       required_bytes: what the device would need for what does not fit.
     """
 
@@ -64,7 +64,7 @@ class Row:
     images_per_s: float | None = None
     temporary_bytes: int | None = None
     argument_bytes: int | None = None
-    accessed: float | None = None
+    moved: int | None = None
     required_bytes: int | None = None
 
     @property
@@ -80,7 +80,7 @@ class Row:
         return {"compiled": "yes", "unavailable": "-"}.get(self.status) or f"no: {self.reason}"
 
     def set_needs(self, needs: ahead.Needs) -> None:
-        self.temporary_bytes, self.accessed = needs.temporaries, needs.bytes_accessed
+        self.temporary_bytes, self.moved = needs.temporaries, needs.moved
         self.argument_bytes = None if needs.temporaries is None else (needs.arguments or 0) + (needs.results or 0)
         self.required_bytes = needs.required
         self.status, self.reason = ("too large", needs.refused) if needs.refused else ("compiled", "")
@@ -480,7 +480,7 @@ LEGEND = (
 )
 MEMORY_LEGEND = (
     "GB: 10^9 bytes. in all: temporary memory and what the step is given, which is the state and the batch. moves:\n"
-    "bytes that operations read and write, by the compiler's model, with custom kernels as their authors declare them."
+    "bytes between HBM and the core, read off the compiled program; custom kernels with operands and results once."
 )
 LAYERS_LEGEND = (
     "Where the time goes: each kind of augmented convolution by itself, beside the plain convolution it replaces and\n"
@@ -518,7 +518,7 @@ def _memory_table(rows: Sequence[Row]) -> str:
             gigabytes(row.argument_bytes),
             gigabytes(row.total_bytes),
             report.ratio(row.total_bytes, rows[0].total_bytes),
-            gigabytes(row.accessed),
+            gigabytes(row.moved),
             row.verdict,
         ]
         for row in rows

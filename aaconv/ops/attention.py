@@ -35,7 +35,8 @@ def relative_attention(
     .. math:: o_i = \sum_j \mathrm{softmax}_j\big(\mathrm{scale}\,
               (q_i^\top k_j + q_i^\top r^H_{j_y - i_y} + q_i^\top r^W_{j_x - i_x})\big)\, v_j
 
-    Pure, compiled, differentiable in every argument. The softmax and its logits are float32 at least
+    Pure, compiled, differentiable in every array (forward mode needs an implementation that holds the whole
+    maps, such as ``factorised``). The softmax and its logits are float32 at least
     (float64 under x64); the matrix products take the inputs' dtype.
 
     Args:
@@ -47,7 +48,7 @@ def relative_attention(
       spatial_ndim: number of spatial axes: 1 for signals, 2 for images, 3 for volumes and video.
       scale: multiplies content and relative logits alike; default :math:`d^{-1/2}`.
       implementation: a name from `IMPLEMENTATIONS`, or None to have it chosen by platform, shape and
-        dtype, see `choose_implementation`. Those of linear memory have no forward-mode derivative.
+        dtype, see `choose_implementation`.
       block_sizes: overrides the block sizes of those that work in blocks, see `BlockSizes`.
       precision: of the matrix products, see `jax.lax.Precision`.
 
@@ -71,6 +72,8 @@ def relative_attention(
       https://arxiv.org/abs/1904.09925
     """
     rel = _check(q, k, v, rel, spatial_ndim)
+    if not isinstance(block_sizes, BlockSizes | None):
+        raise ValueError(f"block_sizes={block_sizes!r} must be a BlockSizes, such as BlockSizes(query=128), or None")
     platform = platform_of(q)
     name = choose_implementation(
         q.shape,
@@ -83,10 +86,12 @@ def relative_attention(
     ).implementation
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    elif jnp.shape(scale):
+        raise ValueError(f"scale has shape {jnp.shape(scale)}: it must be one number; multiply q by anything else")
     if name in relative.FORMS:
         return _attend(q, k, v, rel, scale, spatial_ndim=spatial_ndim, form=name, precision=precision)
     if name == "blockwise":
-        kind = "cpu" if platform == "cpu" else "accelerator"
+        kind = platform if platform in blockwise.TILE else "gpu"
         return blockwise.attend(
             q, k, v, rel, scale, spatial_ndim=spatial_ndim, precision=precision, blocks=block_sizes, platform=kind
         )

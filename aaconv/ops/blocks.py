@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,10 +12,10 @@ class BlockSizes:
 
     Attributes:
       query: query positions in a block. ``blockwise`` takes whole lines of the map, so a multiple of the
-        size of the last spatial axis; ``pallas_tpu`` a multiple of 128.
+        size of the last spatial axis (any number for a signal); ``pallas_tpu`` a multiple of 128.
       key: key positions in a block, ``pallas_tpu`` only: ``blockwise`` takes all keys at once.
-      pairs: (image, head) pairs computed side by side, ``blockwise`` only; it takes the largest number
-        up to this that divides heads and images evenly.
+      pairs: (image, head) pairs computed side by side, ``blockwise`` only: at most this many, a divisor of
+        heads and images. Over several devices, and under a symbolic batch, all images count as one.
 
     Raises:
       ValueError: a size is not a positive integer.
@@ -31,7 +32,14 @@ class BlockSizes:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            if size is None:
+                continue
+            try:
+                whole = 0 if isinstance(size, bool) else operator.index(size)
+            except TypeError:
+                whole = 0
+            object.__setattr__(self, field.name, whole)
+            if whole < 1:
                 raise ValueError(
                     f"BlockSizes({field.name}={size!r}): it must be a positive integer, or None to have it chosen"
                 )

@@ -16,6 +16,10 @@ denominator :math:`\ell_i`; the backward pass computes each block again and take
 
 where the sum over the tables needs only the sums of :math:`t` over key columns and over key rows.
 
+Memory is linear in H W for maps whose axes are of similar length. For signals and for maps with one very
+long axis it is not yet: the rows of a table are gathered for every position of its axis, ``size**2 * d``
+numbers, and a block is at least one line, along the last axis.
+
 A tile of the map is held as ``(b, n, *keys, queries)``, queries last: the sums over keys then run over
 whole vectors of queries, and the products with the short depths are as wide as a line. That order, not
 the blocks alone, is what makes it fast on a CPU.
@@ -40,10 +44,10 @@ from jax import lax
 from aaconv.ops import mesh, relative
 from aaconv.ops.blocks import BlockSizes
 
-# How many logits a tile holds, and for how many queries. On a CPU a tile should stay in the caches of
-# the cores and be some vector registers wide; an accelerator wants the largest steps its memory affords.
-# Measured by experiments/attention_cost.
-TILE = {"cpu": (1 << 20, 112), "accelerator": (1 << 24, 128)}
+# How many logits a tile holds, and for how many queries. It should stay near the cores: in the caches of a
+# CPU, where that is measured, in the VMEM of a TPU, where the compiled programs' traffic was compared
+# (experiments/attention_cost). On a GPU it should be worth the launch of its kernels; not measured yet.
+TILE = {"cpu": (1 << 20, 112), "tpu": (1 << 21, 128), "gpu": (1 << 24, 128)}
 
 
 @functools.partial(jax.jit, static_argnames=("spatial_ndim", "precision", "blocks", "platform"))
@@ -71,6 +75,8 @@ def attend(
     """
     options = _Options(spatial_ndim, precision, blocks, platform)
     dtype = q.dtype
+    if 0 in q.shape:
+        return jnp.zeros_like(v)
     if platform == "cpu":  # XLA's CPU products of 16-bit inputs are slow, and inside loops some are missing
         q, k, v, rel = jax.tree.map(lambda x: x.astype(relative.logits_dtype(dtype)), (q, k, v, rel))
     attend: Any = lambda *arrays: _attend(*mesh.vary_alike(*arrays), options)
@@ -209,7 +215,8 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
         _, transpose = jax.vjp(lambda rel: cut.table_rows(rel, wide), tuple(table.astype(wide) for table in rel))
         (d_rel,) = transpose(d_tables)
         d_rel = tuple(d.astype(table.dtype) for d, table in zip(d_rel, rel, strict=True))
-    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_rel, d_scale
+    dq = (dq * scale).astype(q.dtype)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_rel, d_scale.astype(scale.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,13 +382,14 @@ def _cut(q, spatial_ndim, blocks, platform, precision) -> _Cut:
             )
         lines = sizes.query // width
     pairs = sizes.pairs or max(1, tile // (lines * width * width * all_lines))
-    if platform != "cpu" or not isinstance(images, int) or images == 0:
-        # All images at once: they may be divided over devices, which a loop over them would hold up.
+    if isinstance(images, int) and images and mesh.alone(q):
+        heads = _divisor(heads, pairs)
+        # A TPU lays a few images out badly: one, or a full 128 lanes of them, moves far less.
+        images = 1 if platform == "tpu" else _divisor(images, max(1, pairs // heads))
+    else:
+        # All images at once: over several devices a loop would go through the parts of one after another.
         known = images if isinstance(images, int) else 1
         heads = _divisor(heads, max(1, pairs // max(1, known)))
-    else:
-        heads = _divisor(heads, pairs)
-        images = _divisor(images, max(1, pairs // heads))
     return _Cut(space, spatial_ndim, lines, images, heads, precision)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 
 def by_device(
@@ -40,16 +40,14 @@ def by_device(
     Returns:
       The result, divided as ``q`` is.
     """
-    mesh = jax.typeof(q).sharding.mesh
-    if mesh.empty:
-        mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_of(q)
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     free = [name for name, kind in kinds.items() if kind == AxisType.Explicit or automatic and kind == AxisType.Auto]
-    if math.prod(mesh.shape[name] for name in free) == 1:
-        return attend(q, k, v, *whole)
-    batch = q.ndim - 2 - spatial_ndim
     auto = [name for name in free if kinds[name] == AxisType.Auto]
     explicit = len(auto) < len(free)
+    if not explicit and math.prod(mesh.shape[name] for name in free) == 1:
+        return attend(q, k, v, *whole)
+    batch = q.ndim - 2 - spatial_ndim
     said = (*jax.typeof(q).sharding.spec, *[None] * q.ndim)[: q.ndim] if explicit else (None,) * q.ndim
     split = [*said[:batch], *[None] * spatial_ndim, said[-2], None]
     if explicit:
@@ -67,6 +65,18 @@ def by_device(
         axis_names=set(free),
         check_vma=check_vma,
     )(q, k, v, *whole)
+
+
+def alone(x: jax.Array) -> bool:
+    """Whether ``x`` lies on one device, as far as is known while tracing: nothing of it is divided."""
+    mesh = _mesh_of(x)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return math.prod(mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual) == 1
+
+
+def _mesh_of(x: jax.Array) -> AbstractMesh:
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
 def vary_alike(*arrays: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from jax import export
 from jax.test_util import check_grads
 
 from aaconv import ops
@@ -76,8 +77,11 @@ def test_any_batch_shape(inputs, implementation, batch):
     assert got.shape == v.shape
     for b in np.ndindex(*batch):
         np.testing.assert_allclose(got[b], f(q[b], k[b], v[b]), atol=1e-6)
-    if batch:
-        np.testing.assert_allclose(jax.vmap(f)(q, k, v) if batch != (0,) else got, got, atol=1e-6)
+    if batch and batch != (0,):
+        np.testing.assert_allclose(jax.vmap(f)(q, k, v), got, atol=1e-6)
+    loss = lambda *a: ops.relative_attention(*a, implementation=implementation).sum()
+    gradients = jax.grad(loss, (0, 1, 2, 3))(q, k, v, rel)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, (q, k, v, rel))
 
 
 @settings(max_examples=6, deadline=None)
@@ -146,12 +150,31 @@ def test_nan_stays_in_its_query(inputs, implementation):
     np.testing.assert_array_equal(np.isnan(got), where)
 
 
+@EVERY_FLOAT32
+def test_under_remat_and_export_with_a_symbolic_batch(inputs, implementation):
+    q, k, v, rel = inputs((3, 2), batch=(3,), dtype=np.float32)
+    f = jax.checkpoint(lambda *a: ops.relative_attention(*a, implementation=implementation))
+    (b,) = export.symbolic_shape("b")
+    symbolic = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in (q, k, v)]
+    exported = export.export(jax.jit(f))(*symbolic, rel)
+    np.testing.assert_allclose(exported.call(q, k, v, rel), f(q, k, v, rel), atol=1e-6)
+
+
 def test_scale_multiplies_content_and_position_alike(inputs):
     q, k, v, rel = inputs((3, 4), dtype=np.float32)
     by_hand = ops.relative_attention(0.3 * q, k, v, rel, scale=1.0)
     np.testing.assert_allclose(ops.relative_attention(q, k, v, rel, scale=0.3), by_hand, atol=1e-6)
     default = ops.relative_attention(q, k, v, rel)
     np.testing.assert_allclose(default, ops.relative_attention(q, k, v, rel, scale=3**-0.5), atol=1e-6)
+
+
+@EVERY_FLOAT32
+def test_a_scale_of_another_type_gets_its_gradient_in_that_type(inputs, implementation):
+    q, k, v, rel = inputs((3, 2), dtype=np.float32)
+    f = lambda s: ops.relative_attention(q, k, v, rel, scale=jnp.exp(s), implementation=implementation)[..., 0].sum()
+    gradient = jax.grad(f)(jnp.bfloat16(-0.5))
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(gradient), float(jax.grad(f)(jnp.float32(-0.5))), rtol=0.02, atol=0.02)
 
 
 def test_weights_average_the_values(inputs):
@@ -185,6 +208,7 @@ WRONG = [
     (dict(rel=((5, 4), (7, 4))), r"rel\[0\] has shape \(5, 4\).* it must be \(5, 3\)"),
     (dict(rel=((5, 3),)), r"rel holds 1 tables for spatial_ndim=2"),
     (dict(rel=((5,), (7, 3))), r"rel\[0\] has shape \(5,\)"),
+    (dict(scale=np.ones((2, 1))), r"scale has shape \(2, 1\): it must be one number"),
     (dict(spatial_ndim=0), r"spatial_ndim=0 must be between"),
     (dict(spatial_ndim=4), r"needs at least 6 axes"),
     (dict(implementation="skwe"), r"'skwe' is not one of .*did you mean 'skew'"),
@@ -203,7 +227,7 @@ def test_says_what_does_not_fit(wrong, message):
         q, k, v = (x.astype(wrong["form"]) for x in (q, k, v))
     if "mixed" in wrong:
         k = k.astype(jnp.bfloat16)
-    options = {name: wrong[name] for name in ("spatial_ndim", "implementation") if name in wrong}
+    options = {name: wrong[name] for name in ("spatial_ndim", "implementation", "scale") if name in wrong}
     with pytest.raises(ValueError, match=message):
         ops.relative_attention(q, k, v, rel, **options)
 
