@@ -269,3 +269,11 @@ def test_default_shapes_of_every_platform():
         shapes = attention.default_shapes(platform)
         rows = [attention.Row.of(shape, "float32", "skew") for shape in shapes]
         assert len(set(shapes)) == len(shapes) and len({row.pixels for row in attention.series(rows)}) >= 3
+
+
+def test_names_that_cannot_run_here_are_refused_before_anything_is_written(tmp_path, capsys):
+    words = ["bench", "attention", *SHAPES[:2], "--implementation", "cudnn", "--implementation", "pallas_tpu"]
+    assert cli.main([*words, "--output", str(tmp_path / "new")]) == cli.WRONG_INPUT
+    answer = capsys.readouterr().err
+    assert "cudnn cannot be measured here: it runs on NVIDIA GPUs" in answer and "pallas_tpu cannot" in answer
+    assert not (tmp_path / "new").exists()

@@ -191,6 +191,7 @@ def run(
     device = ahead.topology_devices(topology)[0] if topology else jax.devices()[0]
     platform = device.platform if device.platform in _SERIES else "gpu"
     memory_only = memory_only or bool(topology)
+    _check_platform(names, "cuda" if platform == "gpu" else platform)
     names = list(dict.fromkeys(names)) or _default_names(memory_only)
     dtype = dtype or ("float32" if platform == "cpu" else "bfloat16")
     shapes = shapes or default_shapes(platform, ahead_of_time=bool(topology))
@@ -239,6 +240,25 @@ def _check_names(names: Sequence[str]) -> None:
             raise ValueError(
                 f"--implementation {name!r} is not one of {', '.join(known())}{close_matches(name, known())}"
             )
+
+
+def _check_platform(names: Sequence[str], platform: str) -> None:
+    """Refuses names of which none can run on the platform, before anything is compiled or written."""
+    anywhere = Shape(1, 1, 8, 8, 8, 8)  # of a kind that every kernel takes
+    reasons = {name: _reason_not(name, anywhere, platform) for name in names}
+    if reasons and all(reasons.values()):
+        raise ValueError("; ".join(f"{name} cannot be measured here: {reason}" for name, reason in reasons.items()))
+
+
+def _reason_not(name: str, shape: Shape, platform: str) -> str | None:
+    if name not in ops.IMPLEMENTATIONS:
+        return None
+    space = (shape.height, shape.width, shape.heads, shape.key_depth)
+    try:
+        ops.choose_implementation(space, shape.value_depth, jnp.dtype("bfloat16"), implementation=name, platform=platform)
+    except NotImplementedError as error:
+        return report.reason(error)
+    return None
 
 
 def _default_names(memory_only: bool) -> list[str]:

@@ -83,6 +83,7 @@ def relative_attention(
         positions=rel is not None,
         implementation=implementation,
         platform=platform,
+        precision=precision,
     ).implementation
     if scale is None:
         scale = q.shape[-1] ** -0.5

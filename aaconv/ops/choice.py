@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import core
+from jax import core, lax
 
 from aaconv.errors import close_matches
 
@@ -43,6 +43,7 @@ def choose_implementation(
     positions: bool = True,
     implementation: str | None = None,
     platform: str | None = None,
+    precision: lax.PrecisionLike = None,
 ) -> Choice:
     """The implementation that `relative_attention` runs.
 
@@ -66,6 +67,7 @@ def choose_implementation(
       positions: whether there are tables.
       implementation: a name that was asked for.
       platform: ``cpu``, ``tpu``, ``cuda``...; None for the one jax runs on.
+      precision: of the matrix products.
 
     Raises:
       ValueError: the name is unknown.
@@ -77,6 +79,7 @@ def choose_implementation(
     """
     platform = platform or platform_of(None)
     problem = {"e": e, "dtype": jnp.dtype(dtype), "spatial_ndim": spatial_ndim, "positions": positions}
+    problem["precision"] = precision
     if implementation is not None:
         check_name(implementation)
         reason = reason_not(implementation, shape, platform=platform, **problem)
@@ -111,6 +114,7 @@ def reason_not(
     spatial_ndim: int,
     positions: bool,
     platform: str,
+    precision: lax.PrecisionLike = None,
 ) -> str | None:
     """Says why the named implementation cannot serve a problem on a platform, or returns None if it can."""
     if implementation in ("cudnn", "tokamax"):
@@ -125,7 +129,9 @@ def reason_not(
             return f"it runs on TPUs, and this is {platform}; pallas_tpu_interpret checks its values anywhere"
         from aaconv.ops import pallas_tpu
 
-        return pallas_tpu.reason_not(shape, e, dtype, spatial_ndim=spatial_ndim, positions=positions)
+        return pallas_tpu.reason_not(
+            shape, e, dtype, spatial_ndim=spatial_ndim, positions=positions, precision=precision
+        )
     return None
 
 

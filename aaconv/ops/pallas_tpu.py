@@ -108,7 +108,7 @@ def attend(
         scale = 1.0
     if interpret and jax.typeof(q).manual_axis_type.varying:
         raise NotImplementedError("pallas_tpu in interpret mode inside jax.shard_map needs check_vma=False there")
-    problem = {"spatial_ndim": spatial_ndim, "positions": rel is not None, "blocks": blocks}
+    problem = {"spatial_ndim": spatial_ndim, "positions": rel is not None, "blocks": blocks, "precision": precision}
     reason = reason_not(q.shape, v.shape[-1], q.dtype, **problem)
     if reason is not None:
         raise NotImplementedError(f"pallas_tpu cannot serve: {reason}")
@@ -131,6 +131,7 @@ def reason_not(
     spatial_ndim: int = 2,
     positions: bool = True,
     blocks: BlockSizes | None = None,
+    precision: lax.PrecisionLike = None,
 ) -> str | None:
     """Says why the kernels cannot serve queries of a shape and dtype, or returns None if they can.
 
@@ -140,7 +141,7 @@ def reason_not(
       dtype: of queries, keys and values.
       spatial_ndim: number of spatial axes.
       positions: whether there are tables.
-      blocks: as in `attend`.
+      blocks, precision: as in `attend`.
 
     Raises:
       ValueError: a block size is not a multiple of what the hardware needs.
@@ -151,6 +152,10 @@ def reason_not(
     """
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"it computes bfloat16 and float32, not {jnp.dtype(dtype)}"
+    try:
+        _precision(dtype, precision)
+    except NotImplementedError as error:
+        return str(error)
     space = tuple(shape[-2 - spatial_ndim : -2])
     plan = _plan(space, shape[-1], e, dtype, positions, blocks)
     if plan.vmem(1) > VMEM_BYTES:
@@ -332,9 +337,7 @@ def _precision(dtype, precision: lax.PrecisionLike) -> lax.Precision | None:
     try:
         return max((lax.Precision(p) for p in both if p is not None), key=lambda p: p.value, default=None)
     except ValueError:
-        raise NotImplementedError(
-            f"pallas_tpu knows the members of jax.lax.Precision, not precision={precision!r}"
-        ) from None
+        raise NotImplementedError(f"it knows the members of jax.lax.Precision, not precision={precision!r}") from None
 
 
 def _plan(space, d, e, dtype, positions, blocks) -> _Plan:

@@ -36,6 +36,12 @@ def test_on_a_tpu_a_map_that_does_not_fit_the_kernel_goes_block_by_block():
     assert "VMEM" in choice.reason
 
 
+def test_on_a_tpu_a_precision_that_the_kernel_does_not_know_goes_block_by_block():
+    choice = ops.choose_implementation(SHAPE, 4, jnp.float32, platform="tpu", precision="F32_F32_F32")
+    assert choice.implementation == "blockwise"
+    assert "jax.lax.Precision" in choice.reason
+
+
 def test_a_name_is_obeyed():
     assert ops.choose_implementation(SHAPE, 4, jnp.float32, implementation="skew") == ops.Choice("skew", "asked for")
 
