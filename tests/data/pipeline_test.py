@@ -186,6 +186,8 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_working(photographs_dir:
     code = (
         SCRIPT
         + """
+    for _ in range(4):  # so that both workers have begun: one that is still starting is ended by the signal
+        next(batches)
     import os, signal
     signal.signal(signal.SIGTERM, lambda *_: None)
     os.killpg(0, signal.SIGTERM)
