@@ -255,7 +255,9 @@ def _reason_not(name: str, shape: Shape, platform: str) -> str | None:
         return None
     space = (shape.height, shape.width, shape.heads, shape.key_depth)
     try:
-        ops.choose_implementation(space, shape.value_depth, jnp.dtype("bfloat16"), implementation=name, platform=platform)
+        ops.choose_implementation(
+            space, shape.value_depth, jnp.dtype("bfloat16"), implementation=name, platform=platform
+        )
     except NotImplementedError as error:
         return report.reason(error)
     return None

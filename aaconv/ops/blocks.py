@@ -12,7 +12,7 @@ class BlockSizes:
 
     Attributes:
       query: query positions in a block. ``blockwise`` takes whole lines of the map, so a multiple of the
-        size of the last spatial axis (any number for a signal); ``pallas_tpu`` a multiple of 128.
+        shorter of the last two spatial axes (any number for a signal); ``pallas_tpu`` a multiple of 128.
       key: key positions in a block, ``pallas_tpu`` only: ``blockwise`` takes all keys at once.
       pairs: (image, head) pairs computed side by side, ``blockwise`` only: at most this many, a divisor of
         heads and images. Over several devices, and under a symbolic batch, all images count as one.

@@ -16,9 +16,8 @@ denominator :math:`\ell_i`; the backward pass computes each block again and take
 
 where the sum over the tables needs only the sums of :math:`t` over key columns and over key rows.
 
-Memory is linear in H W for maps whose axes are of similar length. For signals and for maps with one very
-long axis it is not yet: the rows of a table are gathered for every position of its axis, ``size**2 * d``
-numbers, and a block is at least one line, along the last axis.
+A block is some lines of the map, along the shorter of its last two axes. Of the table of the axis across them
+it needs a window of ``size + lines - 1`` rows, which moves by one from line to line (`_skew`).
 
 A tile of the map is held as ``(b, n, *keys, queries)``, queries last: the sums over keys then run over
 whole vectors of queries, and the products with the short depths are as wide as a line. That order, not
@@ -79,8 +78,14 @@ def attend(
         return jnp.zeros_like(v)
     if platform == "cpu":  # XLA's CPU products of 16-bit inputs are slow, and inside loops some are missing
         q, k, v, rel = jax.tree.map(lambda x: x.astype(relative.logits_dtype(dtype)), (q, k, v, rel))
+    # Lines along the shorter of the last two axes: a block is at least one.
+    turned = spatial_ndim > 1 and q.shape[-3] > q.shape[-4]
+    if turned:
+        q, k, v = (jnp.swapaxes(x, -3, -4) for x in (q, k, v))
+        rel = None if rel is None else (*rel[:-2], rel[-1], rel[-2])
     attend: Any = lambda *arrays: _attend(*mesh.vary_alike(*arrays), options)
-    return mesh.by_device(attend, spatial_ndim, q, k, v, rel, jnp.asarray(scale)).astype(dtype)
+    out = mesh.by_device(attend, spatial_ndim, q, k, v, rel, jnp.asarray(scale)).astype(dtype)
+    return jnp.swapaxes(out, -3, -4) if turned else out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +131,14 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
     # The column of ones has the product with the values sum the denominator too.
     v1 = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
     by_group = cut.queries(q if before is None else q * before), cut.keys(k), cut.values(v1)
-    tables = cut.table_rows(rel, q.dtype)
+    tables, starts = cut.tables(rel, q.dtype), cut.starts()
 
     def group(_, xs):
         q, k, v1 = xs
 
         def block(_, xs):
-            q, lines = xs
-            logits = cut.logits(q, k, (lines, tables[1]), after)
+            q, start = xs
+            logits = cut.logits(q, k, cut.windows(tables, start), after)
             most = jnp.max(logits, axis=cut.key_axes, keepdims=True)
             p = cut.flat_keys(jnp.exp(logits - most)).astype(v.dtype)
             out = cut.einsum("bnek,bnkq->bneq", v1, p)
@@ -141,7 +146,7 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
             log_total = most.reshape(total.shape) + jnp.log(total)
             return None, ((out[:, :, :-1] / total).astype(v.dtype), log_total)
 
-        return None, lax.scan(block, None, (q, tables[0]))[1]
+        return None, lax.scan(block, None, (q, starts))[1]
 
     _, (out, log_total) = cut.over_groups(group, None, by_group)
     return cut.from_queries(out, v.shape), cut.from_queries(log_total, (*q.shape[:-1], 1))[..., 0]
@@ -175,17 +180,18 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
         cut.queries(d_out_and_delta),
         cut.queries(jnp.concatenate([log_total[..., None], delta], -1)),
     )
-    tables = cut.table_rows(rel, q.dtype)
+    tables, starts = cut.tables(rel, q.dtype), cut.starts()
 
     def group(d_tables, xs):
         q, k, v, d_out, statistics = xs
 
         def block(carry, xs):
-            dk, dv, d_width = carry
-            q, d_out, statistics, lines = xs
+            dk, dv, d_tables = carry
+            q, d_out, statistics, start = xs
+            windows = cut.windows(tables, start)
             d_out = d_out.reshape(*d_out.shape[:3], -1)
             log_total, delta = jnp.split(statistics.reshape(*statistics.shape[:3], -1), 2, axis=2)
-            p = jnp.exp(cut.flat_keys(cut.logits(q, k, (lines, tables[1]), after, less=log_total)))
+            p = jnp.exp(cut.flat_keys(cut.logits(q, k, windows, after, less=log_total)))
             t = cut.einsum("bnek,bneq->bnkq", v, d_out)
             t = p * (t if exact else t - delta)
             d_out = d_out[:, :, :e]
@@ -194,13 +200,12 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
             dv += cut.einsum("bneq,bnkq->bnek", d_out, p.astype(v.dtype))
             dk += cut.einsum("bndq,bnkq->bndk", flat_q, narrow)
             dq = cut.einsum("bnkd,bnkq->bndq", k, narrow).reshape(q.shape)
-            of_tables, d_lines, d_width_here = cut.table_gradients(t, q, (lines, tables[1]))
-            d_width = jax.tree.map(jnp.add, d_width, d_width_here)
-            return (dk, dv, d_width), (dq + of_tables, d_lines)
+            of_tables, d_windows = cut.table_gradients(t, q, windows)
+            return (dk, dv, cut.add_windows(d_tables, d_windows, start)), dq + of_tables
 
-        zeros = jnp.zeros_like(jnp.swapaxes(k, 2, 3), wide), jnp.zeros_like(v[:, :, :e], wide), d_tables[1]
-        (dk, dv, d_width), (dq, d_lines) = lax.scan(block, zeros, (q, d_out, statistics, tables[0]))
-        return (jax.tree.map(jnp.add, d_tables[0], d_lines), d_width), (dq, dk, dv)
+        zeros = jnp.zeros_like(jnp.swapaxes(k, 2, 3), wide), jnp.zeros_like(v[:, :, :e], wide)
+        (dk, dv, d_tables), dq = lax.scan(block, (*zeros, d_tables), (q, d_out, statistics, starts))
+        return d_tables, (dq, dk, dv)
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide), tables)
     d_tables, (dq, dk, dv) = cut.over_groups(group, zeros, by_group)
@@ -212,7 +217,7 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
         d_tables = jax.tree.map(lambda x: x * after, d_tables)
     d_rel = None
     if rel is not None:
-        _, transpose = jax.vjp(lambda rel: cut.table_rows(rel, wide), tuple(table.astype(wide) for table in rel))
+        _, transpose = jax.vjp(lambda rel: cut.tables(rel, wide), tuple(table.astype(wide) for table in rel))
         (d_rel,) = transpose(d_tables)
         d_rel = tuple(d.astype(table.dtype) for d, table in zip(d_rel, rel, strict=True))
     dq = (dq * scale).astype(q.dtype)
@@ -231,12 +236,19 @@ class _Cut:
     precision: lax.PrecisionLike
 
     @property
-    def all_lines(self) -> int:
-        return math.prod(self.space[:-1])
+    def frames(self) -> int:
+        """Maps of two axes in a volume."""
+        return math.prod(self.space[:-2])
 
     @property
     def blocks(self) -> int:
-        return -(-self.all_lines // self.lines)
+        """Of a frame."""
+        return -(-self.space[-2] // self.lines)
+
+    @property
+    def spare(self) -> int:
+        """Lines of a frame's last block that are not there."""
+        return self.blocks * self.lines - self.space[-2]
 
     @property
     def key_axes(self) -> tuple[int, ...]:
@@ -249,25 +261,24 @@ class _Cut:
     # Arrays of the caller -> arrays with a leading axis of groups.
 
     def _grouped(self, x):
-        """``(*b, *space, n, c)`` -> ``(groups, images, heads, all lines, w, c)``."""
+        """``(*b, *space, n, c)`` -> ``(groups, images, heads, frames, lines, w, c)``."""
         *_, n, c = x.shape
         images = math.prod(x.shape[: x.ndim - 2 - self.spatial_ndim])
-        x = x.reshape(images, self.all_lines, self.space[-1], n, c)
+        x = x.reshape(images, self.frames, *self.space[-2:], n, c)
         if (images, n) == (self.images, self.heads):
-            return jnp.transpose(x, (0, 3, 1, 2, 4))[None]
+            return jnp.transpose(x, (0, 4, 1, 2, 3, 5))[None]
         # A group takes every so-many-th image: where the batch is divided over devices, each has its
         # part of every group.
-        x = x.reshape(self.images, images // self.images, *x.shape[1:3], n // self.heads, self.heads, c)
-        x = jnp.transpose(x, (1, 4, 0, 5, 2, 3, 6))
-        return x.reshape(-1, *x.shape[2:]) if images else x.reshape(n // self.heads, *x.shape[2:])
+        x = x.reshape(self.images, images // self.images, *x.shape[1:4], n // self.heads, self.heads, c)
+        x = jnp.transpose(x, (1, 5, 0, 6, 2, 3, 4, 7))
+        return x.reshape(-1, *x.shape[2:])
 
     def queries(self, x):
         """-> ``(groups, blocks, images, heads, c, lines, w)``."""
         x = self._grouped(x)
-        spare = self.blocks * self.lines - self.all_lines
-        if spare:
-            x = jnp.pad(x, [(0, spare if axis == 3 else 0) for axis in range(x.ndim)])
-        x = x.reshape(*x.shape[:3], self.blocks, self.lines, *x.shape[4:])
+        if self.spare:
+            x = jnp.pad(x, [(0, self.spare if axis == 4 else 0) for axis in range(x.ndim)])
+        x = x.reshape(*x.shape[:3], self.frames * self.blocks, self.lines, *x.shape[5:])
         return jnp.transpose(x, (0, 3, 1, 2, 6, 4, 5))
 
     def keys(self, x):
@@ -295,10 +306,10 @@ class _Cut:
 
     def from_queries(self, x, shape):
         """``(groups, blocks, images, heads, c, queries)`` -> the caller's ``shape``."""
-        groups, blocks, b, h, c, queries = x.shape
+        groups, _, b, h, c, queries = x.shape
         x = jnp.transpose(x, (0, 2, 3, 1, 5, 4))
-        x = x.reshape(groups, b, h, blocks * queries, c)
-        return self._ungrouped(x[:, :, :, : math.prod(self.space)], shape)
+        x = x.reshape(groups, b, h, self.frames, self.blocks * queries, c)[:, :, :, :, : math.prod(self.space[-2:])]
+        return self._ungrouped(x.reshape(groups, b, h, math.prod(self.space), c), shape)
 
     def over_groups(self, group, carry, xs):
         """`lax.scan`, without the loop where there is one group."""
@@ -309,20 +320,48 @@ class _Cut:
 
     # The tile.
 
-    def table_rows(self, rel, dtype):
-        """Tables by offset -> for the axes of lines ``(blocks, lines, size, d)``, for the last ``(w, w, d)``."""
+    def tables(self, rel, dtype):
+        """Tables as the blocks want them: by offset, and for the last axis ``(w, w, d)`` by query and key."""
         if rel is None:
-            return (), ()
-        line = np.minimum(np.arange(self.blocks * self.lines), self.all_lines - 1)
-        at = np.unravel_index(line, self.space[:-1])
-        lines = []
-        for table, size, here in zip(rel, self.space[:-1], at, strict=False):
-            rows = table.astype(dtype)[np.arange(size) - here[:, None] + size - 1]
-            lines.append(rows.reshape(self.blocks, self.lines, size, -1))
-        width = [relative.rows_by_query(table.astype(dtype), self.space[-1]) for table in rel[len(lines) :]]
-        return tuple(lines), tuple(width)
+            return ()
+        tables = [table.astype(dtype) for table in rel]
+        if self.spatial_ndim > 1:
+            tables[-1] = relative.rows_by_query(tables[-1], self.space[-1])
+        at = len(self.space) - 2
+        tables[at] = jnp.pad(tables[at], ((self.spare, 0), (0, 0)))  # for lines that are not there
+        return tuple(tables)
 
-    def logits(self, q, k, tables, after, less=None):
+    def starts(self):
+        """``(blocks, axes but the last)``: the first row of each table that a block needs."""
+        at = np.unravel_index(np.arange(self.frames), self.space[:-2]) if self.frames > 1 or self.space[:-2] else ()
+        frames = [np.repeat(size - 1 - here, self.blocks) for size, here in zip(self.space[:-2], at, strict=True)]
+        lines = np.tile(np.arange(self.blocks)[::-1] * self.lines, self.frames)
+        return jnp.asarray(np.stack([*frames, lines], -1), jnp.int32)
+
+    def _span(self, axis: int) -> int:
+        """Rows of a table by offset that a block needs."""
+        return self.space[axis] + (self.lines - 1 if axis == len(self.space) - 2 else 0)
+
+    def windows(self, tables, start):
+        """The rows that a block needs, and the whole of the last axis' table."""
+        windows = [
+            lax.dynamic_slice_in_dim(table, start[axis], self._span(axis))
+            for axis, table in enumerate(tables[: len(self.space) - 1])
+        ]
+        return (*windows, *tables[len(windows) :])
+
+    def add_windows(self, tables, windows, start):
+        """Adds what belongs to a block's `windows` to whole tables."""
+        added = []
+        for axis, (table, window) in enumerate(zip(tables, windows, strict=True)):
+            if axis < len(self.space) - 1:
+                window = lax.dynamic_slice_in_dim(table, start[axis], self._span(axis)) + window
+                added.append(lax.dynamic_update_slice_in_dim(table, window, start[axis], 0))
+            else:
+                added.append(table + window)
+        return tuple(added)
+
+    def logits(self, q, k, windows, after, less=None):
         """Logits ``(b, n, *keys, queries)`` of one block of queries ``(b, n, d, lines, w)``, times ``after``.
 
         ``less``, a number a query ``(b, n, 1, queries)``, is subtracted.
@@ -330,12 +369,16 @@ class _Cut:
         b, n, d, lines, w = q.shape
         logits = self.einsum("bnkd,bndq->bnkq", k, q.reshape(b, n, d, lines * w))
         logits = logits.reshape(b, n, *self.space, lines * w)
-        biases = [self.einsum("bndrw,rkd->bnkrw", q, rows) for rows in tables[0]]
-        biases += [self.einsum("bndrw,wkd->bnkrw", q, rows) for rows in tables[1]]
-        for axis, size in enumerate(self.space[: len(biases)]):
+        biases = []
+        for axis, window in enumerate(windows):
+            if axis == len(self.space) - 1:
+                bias = self.einsum("bndrw,wkd->bnkrw", q, window)
+            else:
+                bias = self.einsum("bndrw,md->bnwrm", q, window)
+                bias = jnp.transpose(bias if axis < len(self.space) - 2 else _skew(bias), (0, 1, 4, 3, 2))
             keys = [1] * len(self.space)
-            keys[axis] = size
-            biases[axis] = biases[axis].reshape(b, n, *keys, lines * w)
+            keys[axis] = self.space[axis]
+            biases.append(bias.reshape(b, n, *keys, lines * w))
         if less is not None:
             less = less.reshape(b, n, *[1] * len(self.space), lines * w)
             if biases and after is None:  # from the few numbers of an axis, not from the many of the tile
@@ -349,18 +392,46 @@ class _Cut:
     def flat_keys(self, tile):
         return tile.reshape(*tile.shape[:2], math.prod(self.space), tile.shape[-1])
 
-    def table_gradients(self, t, q, tables):
-        """From a tile ``(b, n, k, queries)``: what q gets through the tables, and what the tables get."""
+    def table_gradients(self, t, q, windows):
+        """From a tile ``(b, n, k, queries)``: what q gets through the tables, and what the windows get."""
         b, n, d, lines, w = q.shape
         tile = t.reshape(b, n, *self.space, lines * w)
-        dq, d_tables = jnp.zeros((), t.dtype), ([], [])
-        for axis, (kind, rows) in enumerate([(0, rows) for rows in tables[0]] + [(1, rows) for rows in tables[1]]):
+        dq, d_windows = jnp.zeros((), t.dtype), []
+        for axis, window in enumerate(windows):
             others = tuple(a for a in self.key_axes if a != axis + 2)
             along = jnp.sum(tile, axis=others).astype(q.dtype).reshape(b, n, -1, lines, w)
-            query = "rw"[kind]
-            dq = dq + self.einsum(f"bnkrw,{query}kd->bndrw", along, rows)
-            d_tables[kind].append(self.einsum(f"bnkrw,bndrw->{query}kd", along, q))
-        return dq, tuple(d_tables[0]), tuple(d_tables[1])
+            if axis == len(self.space) - 1:
+                dq = dq + self.einsum("bnkrw,wkd->bndrw", along, window)
+                d_windows.append(self.einsum("bnkrw,bndrw->wkd", along, q))
+            else:
+                along = jnp.transpose(along, (0, 1, 4, 3, 2))
+                along = along if axis < len(self.space) - 2 else _unskew(along)
+                dq = dq + self.einsum("bnwrm,md->bndrw", along, window)
+                d_windows.append(self.einsum("bnwrm,bndrw->md", along, q))
+        return dq, tuple(d_windows)
+
+
+def _skew(x):
+    """``(..., r, size + r - 1)`` -> ``(..., r, size)``: row i begins at column r - 1 - i.
+
+    A line further on in the block is nearer to every key by one offset. Read with rows that are one shorter,
+    the numbers fall into place.
+    """
+    *lead, r, m = x.shape
+    if r == 1:
+        return x
+    flat = x.reshape(*lead, r * m)[..., r - 1 : r * m - 1]
+    return flat.reshape(*lead, r, m - 1)[..., : m - r + 1]
+
+
+def _unskew(x):
+    """The transpose of `_skew`."""
+    *lead, r, size = x.shape
+    if r == 1:
+        return x
+    none = [(0, 0)] * len(lead)
+    flat = jnp.pad(x, [*none, (0, 0), (0, r - 2)]).reshape(*lead, r * (size + r - 2))
+    return jnp.pad(flat, [*none, (r - 1, 1)]).reshape(*lead, r, size + r - 1)
 
 
 def _cut(q, spatial_ndim, blocks, platform, precision) -> _Cut:
@@ -370,18 +441,18 @@ def _cut(q, spatial_ndim, blocks, platform, precision) -> _Cut:
     space = q.shape[len(batch) : -2]
     if spatial_ndim == 1:
         space = (*space, 1)
-    images, heads, width, all_lines = math.prod(batch), q.shape[-2], space[-1], math.prod(space[:-1])
+    images, heads, (height, width) = math.prod(batch), q.shape[-2], space[-2:]
     if sizes.query is None:
-        blocks = -(-all_lines // max(1, queries // width))
-        lines = -(-all_lines // blocks)
+        blocks = -(-height // max(1, queries // width))
+        lines = -(-height // blocks)
     else:
-        if sizes.query % width or sizes.query > width * all_lines:
+        if sizes.query % width or sizes.query > width * height:
             raise ValueError(
-                f"BlockSizes(query={sizes.query}) for a map of {' x '.join(map(str, q.shape[len(batch) : -2]))}: "
-                f"`blockwise` takes whole lines, a multiple of {width} and at most {width * all_lines}"
+                f"BlockSizes(query={sizes.query}) for maps of {' x '.join(map(str, space[-2:]))}: `blockwise` takes "
+                f"whole lines of the shorter axis, a multiple of {width} and at most {width * height}"
             )
         lines = sizes.query // width
-    pairs = sizes.pairs or max(1, tile // (lines * width * width * all_lines))
+    pairs = sizes.pairs or max(1, tile // (lines * width * math.prod(space)))
     if isinstance(images, int) and images and mesh.alone(q):
         heads = _divisor(heads, pairs)
         # A TPU lays a few images out badly: one, or a full 128 lanes of them, moves far less.

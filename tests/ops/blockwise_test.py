@@ -40,7 +40,8 @@ def assert_close(got, wanted, atol=1e-10):
         ((5, 4), 8, 2),  # two lines: the last block is half empty
         ((5, 4), 20, 6),  # one block
         ((7,), 3, 3),  # a signal: every position is a line
-        ((3, 2, 5), 20, 4),  # four lines, across the frames of a volume
+        ((3, 5, 2), 4, 4),  # two lines of a frame of a volume
+        ((2, 3, 5), 6, None),  # lines along the shorter axis
         ((1, 1), 1, None),
         ((13, 1), 5, None),
     ],
@@ -121,15 +122,27 @@ def test_no_array_is_as_large_as_the_maps(inputs, derivative):
     assert largest_buffer(functools.partial(gradients, plain) if derivative else plain, *args) >= 4 * one_map
 
 
-def test_memory_grows_with_the_positions_not_with_their_square():
-    def temporaries(size):
-        q = jax.ShapeDtypeStruct((1, size, size, 8, 20), jnp.float32)
-        v = jax.ShapeDtypeStruct((1, size, size, 8, 4), jnp.float32)
-        rel = (jax.ShapeDtypeStruct((2 * size - 1, 20), jnp.float32),) * 2
-        program = jax.jit(functools.partial(gradients, attend)).lower(q, q, v, rel).compile()
+@pytest.mark.parametrize(
+    "small,large",
+    [
+        ((32, 32), (64, 64)),
+        ((1024,), (4096,)),
+        ((1, 1024), (1, 4096)),
+        ((2, 512), (2, 2048)),
+        ((4, 16, 16), (4, 32, 32)),
+    ],
+    ids=str,
+)
+def test_memory_grows_with_the_positions_not_with_their_square(small, large):
+    def temporaries(space):
+        f = functools.partial(attend, spatial_ndim=len(space))
+        q = jax.ShapeDtypeStruct((1, *space, 8, 20), jnp.float32)
+        v = jax.ShapeDtypeStruct((1, *space, 8, 4), jnp.float32)
+        rel = tuple(jax.ShapeDtypeStruct((2 * size - 1, 20), jnp.float32) for size in space)
+        program = jax.jit(functools.partial(gradients, f)).lower(q, q, v, rel).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(64) < 5 * temporaries(32)
+    assert temporaries(large) < 5 * temporaries(small)
 
 
 def test_second_derivative_of_the_scale_and_queries(inputs):
@@ -198,7 +211,7 @@ def test_within_shard_map_the_tables_gather_every_devices_gradient(inputs):
 @pytest.mark.parametrize(
     "sizes,message",
     [
-        (dict(query=6), r"BlockSizes\(query=6\) for a map of 5 x 4: .* whole lines, a multiple of 4 and at most 20"),
+        (dict(query=6), r"BlockSizes\(query=6\) for maps of 5 x 4: .* whole lines .*, a multiple of 4 and at most 20"),
         (dict(query=24), r"BlockSizes\(query=24\).*at most 20"),
         (dict(query=0), r"BlockSizes\(query=0\): it must be a positive integer"),
         (dict(pairs=2.0), r"BlockSizes\(pairs=2.0\): it must be a positive integer"),
