@@ -76,7 +76,7 @@ class Csv:
         except FileExistsError as error:
             raise ValueError(f"--output {folder} is a file, or lies below one: name a folder") from error
         except OSError as error:
-            raise ValueError(f"--output {folder} cannot be made ({error.strerror}): name another folder") from error
+            raise ValueError(f"--output {folder} cannot be written ({error.strerror}): name another folder") from error
         if not os.access(folder, os.W_OK):
             raise ValueError(f"--output {folder} cannot be written: name another folder")
 
