@@ -146,11 +146,6 @@ def program(name: str, inputs: Inputs, dtype: str, *, cuda: bool) -> Program:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch says that there was too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _cuda_temporaries(call: Callable[[], Any]) -> int:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -267,8 +267,6 @@ class _Cut:
         x = x.reshape(images, self.frames, *self.space[-2:], n, c)
         if (images, n) == (self.images, self.heads):
             return jnp.transpose(x, (0, 4, 1, 2, 3, 5))[None]
-        # A group takes every so-many-th image: where the batch is divided over devices, each has its
-        # part of every group.
         x = x.reshape(self.images, images // self.images, *x.shape[1:4], n // self.heads, self.heads, c)
         x = jnp.transpose(x, (1, 5, 0, 6, 2, 3, 4, 7))
         return x.reshape(-1, *x.shape[2:])
@@ -333,7 +331,7 @@ class _Cut:
 
     def starts(self):
         """``(blocks, axes but the last)``: the first row of each table that a block needs."""
-        at = np.unravel_index(np.arange(self.frames), self.space[:-2]) if self.frames > 1 or self.space[:-2] else ()
+        at = np.unravel_index(np.arange(self.frames), self.space[:-2]) if self.space[:-2] else ()
         frames = [np.repeat(size - 1 - here, self.blocks) for size, here in zip(self.space[:-2], at, strict=True)]
         lines = np.tile(np.arange(self.blocks)[::-1] * self.lines, self.frames)
         return jnp.asarray(np.stack([*frames, lines], -1), jnp.int32)

@@ -78,8 +78,13 @@ def choose_implementation(
       'blockwise'
     """
     platform = platform or platform_of(None)
-    problem = {"e": e, "dtype": jnp.dtype(dtype), "spatial_ndim": spatial_ndim, "positions": positions}
-    problem["precision"] = precision
+    problem: dict[str, Any] = {
+        "e": e,
+        "dtype": jnp.dtype(dtype),
+        "spatial_ndim": spatial_ndim,
+        "positions": positions,
+        "precision": precision,
+    }
     if implementation is not None:
         check_name(implementation)
         reason = reason_not(implementation, shape, platform=platform, **problem)
