@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 import re
@@ -15,19 +16,30 @@ from aaconv.errors import close_matches
 from aaconv.models.resnet import ResNet as ResNet, resnet
 from aaconv.models.wide_resnet import WideResNet as WideResNet, wide_resnet
 
-_PAPER = {"kappa": 0.2, "upsilon": 0.1, "num_heads": 8}  # kappa = 2 upsilon = 0.2, Bello et al. 4.1 and 4.2
-_BASIC = {"kappa": 0.25, "upsilon": 0.25, "num_heads": 8}  # inferred from ResNet-34's parameter count
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "wrn": wide_resnet,
-    "aa_wrn": partial(wide_resnet, **_PAPER),
-    "wrn_28_10": partial(wide_resnet, 28, 10),
-    "aa_wrn_28_10": partial(wide_resnet, 28, 10, **_PAPER),
-    **{f"resnet{depth}": partial(resnet, depth) for depth in (18, 34, 50, 101, 152)},
-    **{f"aa_resnet{depth}": partial(resnet, depth, **_BASIC) for depth in (18, 34)},
-    **{f"aa_resnet{depth}": partial(resnet, depth, **_PAPER) for depth in (50, 101, 152)},
-}
-"""Every network by name; ``wrn_D_K`` and ``aa_wrn_D_K`` exist for any depth and width."""
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A network that has a name.
+
+    Attributes:
+      build: makes it; its keyword arguments are those of `create`.
+      source: the paper it comes from.
+      image_size: side of the images in pixels that the paper gives parameters and FLOPs for.
+      augmented: whether it takes the arguments in `ATTENTION`.
+      fixed: arguments that the name sets.
+    """
+
+    build: Callable[..., nn.Module]
+    source: str
+    image_size: int = 224
+    augmented: bool = False
+    fixed: frozenset[str] = frozenset()
+
+    def arguments(self) -> dict[str, inspect.Parameter]:
+        """The arguments that `create` takes for it."""
+        known = inspect.signature(self.build).parameters
+        left_out = self.fixed | (frozenset() if self.augmented else set(ATTENTION))
+        return {name: parameter for name, parameter in known.items() if name not in left_out}
 
 
 ATTENTION = (
@@ -35,6 +47,39 @@ ATTENTION = (
     "implementation"
 ).split()
 """The arguments that only the augmented networks take."""
+
+_PAPER = {"kappa": 0.2, "upsilon": 0.1, "num_heads": 8}  # kappa = 2 upsilon = 0.2, Bello et al. 4.1 and 4.2
+_BASIC = {"kappa": 0.25, "upsilon": 0.25, "num_heads": 8}  # inferred from ResNet-34's parameter count
+
+_WRN = "Zagoruyko & Komodakis 2016"
+_RESNET = "He et al. 2016"
+_AA = "Bello et al. 2019"
+
+
+def _wide_resnet(depth: int | None = None, width: int | None = None, *, augmented: bool = False) -> Entry:
+    build: Callable[..., nn.Module] = wide_resnet if depth is None else partial(wide_resnet, depth, width)
+    if augmented:
+        build = partial(build, **_PAPER)
+    fixed = frozenset() if depth is None else frozenset({"depth", "width"})
+    return Entry(build, _AA if augmented else _WRN, 32, augmented, fixed)
+
+
+def _resnet(depth: int, **arguments: Any) -> Entry:
+    augmented = bool(arguments)
+    build = partial(resnet, depth, **arguments)
+    return Entry(build, _AA if augmented else _RESNET, 224, augmented, frozenset({"depth"}))
+
+
+MODELS: dict[str, Entry] = {
+    "wrn": _wide_resnet(),
+    "aa_wrn": _wide_resnet(augmented=True),
+    "wrn_28_10": _wide_resnet(28, 10),
+    "aa_wrn_28_10": _wide_resnet(28, 10, augmented=True),
+    **{f"resnet{depth}": _resnet(depth) for depth in (18, 34, 50, 101, 152)},
+    **{f"aa_resnet{depth}": _resnet(depth, **_BASIC) for depth in (18, 34)},
+    **{f"aa_resnet{depth}": _resnet(depth, **_PAPER) for depth in (50, 101, 152)},
+}
+"""Every network by name; ``wrn_D_K`` and ``aa_wrn_D_K`` exist for any depth and width."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -62,30 +107,22 @@ def create(name: str, **overrides: Any) -> nn.Module:
       >>> create("aa_wrn_16_2", num_classes=10).width
       2
     """
-    builder = MODELS.get(name)
-    fixed: set[str] = set()
-    if builder is None:
-        builder, fixed = _wide_resnet_by_name(name), {"depth", "width"}
-    elif name in ("wrn_28_10", "aa_wrn_28_10"):
-        fixed = {"depth", "width"}
-    elif "resnet" in name:
-        fixed = {"depth"}
-    known = [p for p in inspect.signature(builder).parameters if p not in fixed]
-    plain = not name.startswith("aa_")
+    found = entry(name)
+    known = found.arguments()
     for argument in overrides:
-        if argument in fixed:
-            other = f"; use {'aa_' * name.startswith('aa_')}wrn with depth= and width=" if "wrn" in name else ""
+        if argument in found.fixed:
+            other = f"; use {name.partition('wrn')[0]}wrn with depth= and width=" if "wrn" in name else ""
             raise ValueError(f"{argument}={overrides[argument]!r} is already set by the name {name!r}{other}")
-        if argument not in known:
-            raise ValueError(
-                f"{name} has no argument {argument!r}{close_matches(argument, known)}; known: {', '.join(known)}"
-            )
-        if plain and argument in ATTENTION:
+        if argument in ATTENTION and not found.augmented and f"aa_{name}" in MODELS:
             raise ValueError(
                 f"{argument}={overrides[argument]!r}: {name} is the plain network; use aa_{name}, or leave "
                 f"{argument} out (None in a config)"
             )
-    return builder(**overrides)
+        if argument not in known:
+            raise ValueError(
+                f"{name} has no argument {argument!r}{close_matches(argument, known)}; known: {', '.join(known)}"
+            )
+    return found.build(**overrides)
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -94,18 +131,20 @@ def defaults(name: str) -> dict[str, Any]:
     Raises:
       ValueError: an unknown name.
     """
-    builder = MODELS.get(name) or _wide_resnet_by_name(name)
-    plain = not name.startswith("aa_")
-    return {
-        argument: parameter.default
-        for argument, parameter in inspect.signature(builder).parameters.items()
-        if parameter.default is not inspect.Parameter.empty and not (plain and argument in ATTENTION)
-    }
+    parameters = entry(name).arguments().items()
+    return {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
 
 
-def _wide_resnet_by_name(name: str) -> Callable[..., nn.Module]:
+def entry(name: str) -> Entry:
+    """Returns what is known of a network.
+
+    Raises:
+      ValueError: an unknown name; close ones are listed.
+    """
+    if name in MODELS:
+        return MODELS[name]
     match = re.fullmatch(r"(aa_)?wrn_(\d+)_(\d+)", name)
     if match is None:
         raise ValueError(f"unknown model {name!r}{close_matches(name, MODELS)}; known: {', '.join(MODELS)}")
     augmented, depth, width = match.groups()
-    return partial(wide_resnet, int(depth), int(width), **(_PAPER if augmented else {}))
+    return _wide_resnet(int(depth), int(width), augmented=augmented is not None)
