@@ -262,7 +262,7 @@ def _configs(
     """The configs to compare, by what they are called in the tables."""
     configs: dict[str, ConfigDict] = {}
     for name in dict.fromkeys(names):
-        is_plain = not name.startswith("aa_")
+        is_plain = not models.entry(name).augmented
         for implementation in [None] if is_plain else implementations or [None]:
             chosen = [*settings, f"model.name={name}"]
             if is_plain:  # what concerns attention is not for it
