@@ -768,12 +768,8 @@ def _show(arguments: argparse.Namespace) -> int:
         )
     console.print(attention)
     console.print(Text("key, value, conv: channels over all heads; maps: one image's weights if they were stored"))
-    layers_by_choice: dict[Any, list[str]] = {}
-    for layer in summary.attention:
-        layers_by_choice.setdefault(layer.choice, []).append(layer.path.removesuffix("/attention"))
-    for choice, paths in layers_by_choice.items():
-        which = "all of them" if len(paths) == len(summary.attention) else ", ".join(paths)
-        console.print(Text(f"computed by {choice.implementation!r}, {choice.reason}: {which}"))
+    for line in summary.computed_by():
+        console.print(Text(f"computed by {line}"))
     return OK
 
 

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 
 from aaconv import checkpoints, metrics, models, optim, parallel
 from aaconv.config import ConfigDict, default_config
+from aaconv.models.summary import summarise
 
 EVAL_METRICS = ("eval/accuracy", "eval/top5", "eval/loss")
 
@@ -341,6 +342,9 @@ def train(
             progress.note(f"continuing {workdir} from step {start}{done}")
         else:
             progress.note(f"training in {workdir}: {optim.describe(plan)}, on {_count(run.mesh.size, 'device')}")
+        summary = summarise(run.model, run.info.image_shape)
+        for line in summary.computed_by():
+            progress.note(f"attention in {_count(len(summary.attention), 'layer')}, computed by {line}")
 
         # What runs on the devices.
         replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)

@@ -73,11 +73,19 @@ def test_memory_alone_is_read_without_running(bench, monkeypatch):
     assert all(row["status"] == "compiled" and int(row["gradient_bytes"]) > 0 for row in rows)
 
 
-def test_what_needs_too_much_is_not_begun(bench, monkeypatch):
+@pytest.mark.parametrize("limit,reason", [("1e-7", "the inputs alone take"), ("1e-5", "needs 0.0 GB")])
+def test_what_needs_too_much_is_not_begun(bench, monkeypatch, limit, reason):
     monkeypatch.setattr(program.Compiled, "program", None)
-    code, out, _, rows = bench("attention", *SHAPES[:2], *OURS, "--memory-limit", "1e-6")
+    code, out, _, rows = bench("attention", *SHAPES[:2], *OURS, "--memory-limit", limit)
     assert code == cli.OK and "too large" in out.splitlines()[-1]
     assert all(row["status"] == "too large" and "--memory-limit is" in row["reason"] for row in rows)
+    assert all(row["reason"].startswith(reason) for row in rows)
+
+
+def test_a_single_size_makes_no_picture(bench, tmp_path):
+    code, _, err, _ = bench("attention", *SHAPES[:2], *OURS, "--memory-only")
+    assert code == cli.OK and "no picture: it shows how costs grow" in err
+    assert not (tmp_path / "attention.png").exists()
 
 
 def test_a_wrong_result_is_marked_and_not_timed(bench, monkeypatch):

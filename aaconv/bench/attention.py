@@ -334,8 +334,17 @@ def _measure(
     seconds: float,
 ) -> Iterable[Row]:
     rows = {name: Row.of(shape, dtype, name) for name in names}
-    inputs = Inputs.draw(shape, dtype)
-    expected = inputs.expected()
+    given = sum(map(math.prod, shape.arrays())) * jnp.dtype(dtype).itemsize
+    alone = f"the inputs alone take {given / 1e9:,.3g} GB, --memory-limit is {(limit or 0) / 1e9:.3g}: not run"
+    try:
+        if limit and given > limit:
+            raise MemoryError
+        inputs = Inputs.draw(shape, dtype)
+        expected = inputs.expected()
+    except MemoryError:  # inputs are drawn on the host, whatever runs the programs
+        for row in rows.values():
+            row.skip("too large", alone if limit and given > limit else "the inputs do not fit this machine's memory")
+        return rows.values()
     programs: dict[str, Program] = {}
     for name, row in rows.items():
         note(f"preparing {name}")
@@ -579,6 +588,9 @@ def _draw(rows: Sequence[Row], path: Path, device: str, note: Note) -> str | Non
         if lines:
             panels[title] = lines
     if not panels:
+        return None
+    if len({row.pixels for row in chosen}) < 2:
+        note("no picture: it shows how costs grow with the map, and needs two sizes that differ in H and W only")
         return None
     first = chosen[0]
     noun = "image" if first.B == 1 else "images"

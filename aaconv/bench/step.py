@@ -26,6 +26,7 @@ MODELS = ("resnet50", "aa_resnet50")
 _FLAGS = ("data.image_size", "batch_size", "dtype")  # the keys behind --size, --batch and --dtype
 SIZES = {"cpu": (160, 8, "float32")}
 ACCELERATOR = (224, 128, "bfloat16")
+NOISE = 0.1  # of the median, between the quartiles: what is told of a measurement
 STEPS_PER_EPOCH = 1000  # of the made-up data set: the schedule's arithmetic stays in the step
 TRAINING, INFERENCE = "training step", "inference"
 
@@ -196,6 +197,10 @@ def run(
             if name in steps:
                 note(f"compiling {name}")
                 row.set_needs(steps[name].compile())
+                free = report.free_memory() if devices[0].platform == "cpu" and not topology else None
+                if free and (row.total_bytes or 0) > free:
+                    row.status = "too large"
+                    row.reason = f"needs {(row.total_bytes or 0) / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free: not run"
                 if row.status != "compiled" or topology:
                     del steps[name]
             if name in steps:
@@ -206,6 +211,12 @@ def run(
             note(f"timing {len(steps)} networks for {seconds:g} s")
         for name, times in timing.measure({name: step.job() for name, step in steps.items()}, seconds).items():
             rows[name].set_times(times)
+            low, high = times.quartiles
+            if high - low > NOISE * times.median:
+                note(
+                    f"{name}: half of the samples lie {100 * (high - low) / times.median:.0f}% apart, so smaller "
+                    "differences mean nothing: take a quiet machine, larger images or batches, or more --seconds"
+                )
             file.write({**machine, **dataclasses.asdict(rows[name])})
     print(f"written {file.path}")
     for row in rows.values():

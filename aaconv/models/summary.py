@@ -102,6 +102,17 @@ class Summary:
             stages[layer.stage] = (parameters + layer.parameters, flops + layer.flops, layer.output_shape)
         return stages
 
+    def computed_by(self) -> list[str]:
+        """Says which implementation computes which layers' attention, and why, in a line each."""
+        layers: dict[Choice, list[str]] = {}
+        for layer in self.attention:
+            layers.setdefault(layer.choice, []).append(layer.path.removesuffix("/attention"))
+        return [
+            f"{choice.implementation!r}, {choice.reason}: "
+            + ("all of them" if len(paths) == len(self.attention) else ", ".join(paths))
+            for choice, paths in layers.items()
+        ]
+
 
 def summarise(model: nn.Module, image_shape: Sequence[int]) -> Summary:
     """Counts a network's parameters and FLOPs and lists what attends, by shapes alone.

@@ -148,7 +148,10 @@ def append_codes(
                 keys.append(zero + code)
     if scale is not None:
         queries = [x.astype(relative.logits_dtype(q.dtype)) * scale for x in queries]
-    wide_q = jnp.concatenate([x.astype(q.dtype) for x in queries], axis=-1)
+    # Finite also where float16 ends, at 65504: infinity times a code's zero would be NaN for every key.
+    most = float(jnp.finfo(q.dtype).max)
+    queries = [queries[0].astype(q.dtype), *(jnp.clip(x, -most, most).astype(q.dtype) for x in queries[1:])]
+    wide_q = jnp.concatenate(queries, axis=-1)
     wide_k = jnp.concatenate(keys, axis=-1)
     values = flat(v)
     if even_length and size % 2:

@@ -85,6 +85,8 @@ def relative_attention(
         platform=platform,
         precision=precision,
     ).implementation
+    if implementation is not None and block_sizes is not None:
+        block_sizes.check_used(implementation)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif jnp.shape(scale):

@@ -46,7 +46,11 @@ from aaconv.ops.blocks import BlockSizes
 # How many logits a tile holds, and for how many queries. It should stay near the cores: in the caches of a
 # CPU, where that is measured, in the VMEM of a TPU, where the compiled programs' traffic was compared
 # (experiments/attention_cost). On a GPU it should be worth the launch of its kernels; not measured yet.
-TILE = {"cpu": (1 << 20, 112), "tpu": (1 << 21, 128), "gpu": (1 << 24, 128)}
+TILE = {"cpu": (3 << 19, 112), "tpu": (1 << 21, 128), "gpu": (1 << 24, 128)}
+
+# The smallest sum of weights below a bound that is still exact: the largest of up to 1e5 weights is then above
+# 1e-25, and weights of a billionth of it, 1e-34, are normal numbers of float32.
+LEAST = 1e-20
 
 
 @functools.partial(jax.jit, static_argnames=("spatial_ndim", "precision", "blocks", "platform"))
@@ -136,15 +140,32 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
     def group(_, xs):
         q, k, v1 = xs
 
+        longest_key = jnp.sqrt(jnp.max(jnp.sum(jnp.square(k), -1), -1))
+
         def block(_, xs):
             q, start = xs
-            logits = cut.logits(q, k, cut.windows(tables, start), after)
-            most = jnp.max(logits, axis=cut.key_axes, keepdims=True)
-            p = cut.flat_keys(jnp.exp(logits - most)).astype(v.dtype)
-            out = cut.einsum("bnek,bnkq->bneq", v1, p)
-            total = out[:, :, -1:]
-            log_total = most.reshape(total.shape) + jnp.log(total)
-            return None, ((out[:, :, :-1] / total).astype(v.dtype), log_total)
+            biases = cut.biases(q, cut.windows(tables, start))
+
+            def average(logits, less):
+                out = cut.einsum("bnek,bnkq->bneq", v1, cut.flat_keys(jnp.exp(logits)).astype(v.dtype))
+                total = out[:, :, -1:]
+                return out[:, :, :-1] / total, less + jnp.log(total), jnp.min(total)
+
+            def below_maximum():
+                logits = cut.logits(q, k, biases, after)
+                most = lax.stop_gradient(jnp.max(logits, axis=cut.key_axes, keepdims=True))
+                return average(logits - most, most.reshape(*most.shape[:2], 1, -1))
+
+            def below_bound():
+                bound = lax.stop_gradient(cut.bound(q, longest_key, biases))
+                return average(cut.logits(q, k, biases, after, less=bound), bound)
+
+            if platform == "cpu":
+                found = below_bound()
+                out, log_total, _ = lax.cond(found[-1] > LEAST, lambda: found, below_maximum)
+            else:
+                out, log_total, _ = below_maximum()
+            return None, (out.astype(v.dtype), log_total)
 
         return None, lax.scan(block, None, (q, starts))[1]
 
@@ -191,7 +212,8 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
             windows = cut.windows(tables, start)
             d_out = d_out.reshape(*d_out.shape[:3], -1)
             log_total, delta = jnp.split(statistics.reshape(*statistics.shape[:3], -1), 2, axis=2)
-            p = jnp.exp(cut.flat_keys(cut.logits(q, k, windows, after, less=log_total)))
+            logits = cut.logits(q, k, cut.biases(q, windows), after, less=log_total)
+            p = jnp.exp(cut.flat_keys(logits))
             t = cut.einsum("bnek,bneq->bnkq", v, d_out)
             t = p * (t if exact else t - delta)
             d_out = d_out[:, :, :e]
@@ -234,6 +256,7 @@ class _Cut:
     images: int  # of a group
     heads: int  # of a group
     precision: lax.PrecisionLike
+    platform: str
 
     @property
     def frames(self) -> int:
@@ -359,14 +382,12 @@ class _Cut:
                 added.append(table + window)
         return tuple(added)
 
-    def logits(self, q, k, windows, after, less=None):
-        """Logits ``(b, n, *keys, queries)`` of one block of queries ``(b, n, d, lines, w)``, times ``after``.
+    def biases(self, q, windows):
+        """Relative logits of one block of queries ``(b, n, d, lines, w)``, an array an axis, to be added up.
 
-        ``less``, a number a query ``(b, n, 1, queries)``, is subtracted.
+        Each ``(b, n, *keys, queries)`` with one key along the other axes.
         """
-        b, n, d, lines, w = q.shape
-        logits = self.einsum("bnkd,bndq->bnkq", k, q.reshape(b, n, d, lines * w))
-        logits = logits.reshape(b, n, *self.space, lines * w)
+        b, n, _, lines, w = q.shape
         biases = []
         for axis, window in enumerate(windows):
             if axis == len(self.space) - 1:
@@ -377,15 +398,41 @@ class _Cut:
             keys = [1] * len(self.space)
             keys[axis] = self.space[axis]
             biases.append(bias.reshape(b, n, *keys, lines * w))
+        return biases
+
+    def bound(self, q, longest_key, biases):
+        """No logit of a query is larger, ``(b, n, 1, queries)``: by the lengths of queries and keys."""
+        b, n, d, lines, w = q.shape
+        length = jnp.sqrt(jnp.sum(jnp.square(q.reshape(b, n, d, lines * w)), 2, keepdims=True))
+        most = (jnp.max(bias, axis=self.key_axes).reshape(length.shape) for bias in biases)
+        return sum(most, length * longest_key[..., None, None])
+
+    def logits(self, q, k, biases, after, less=None):
+        """Logits ``(b, n, *keys, queries)`` of one block of queries, with their `biases`, times ``after``.
+
+        ``less``, a number a query ``(b, n, 1, queries)``, is subtracted.
+        """
+        b, n, d, lines, w = q.shape
+        logits = self.einsum("bnkd,bndq->bnkq", k, q.reshape(b, n, d, lines * w))
+        logits = logits.reshape(b, n, *self.space, lines * w)
         if less is not None:
             less = less.reshape(b, n, *[1] * len(self.space), lines * w)
             if biases and after is None:  # from the few numbers of an axis, not from the many of the tile
-                biases[0], less = biases[0] - less, None
-        # Small, and wanted in the order of the tile: without the barrier XLA reads them transposed there.
-        for bias in lax.optimization_barrier(biases):
+                biases, less = [biases[0] - less, *biases[1:]], None
+        for bias in self._apart(q, biases):
             logits = logits + bias
         logits = logits if after is None else logits * after
         return logits if less is None else logits - less
+
+    def _apart(self, q, biases):
+        """Has XLA make the biases once, in the order of the tile, not anew within each pass over it."""
+        biases = lax.optimization_barrier(biases)
+        if self.platform != "cpu":
+            return biases
+        # Before jax 0.12 the barrier is gone when operations on a CPU are fused, which made the backward pass twice
+        # as long. No fusion reaches into a conditional, and that this one is always true XLA cannot know.
+        always = (q[0, 0, 0, 0, 0] == 0) | (q[0, 0, 0, 0, 0] != 0)
+        return lax.cond(always, lambda: biases, lambda: jax.tree.map(jnp.zeros_like, biases))
 
     def flat_keys(self, tile):
         return tile.reshape(*tile.shape[:2], math.prod(self.space), tile.shape[-1])
@@ -459,7 +506,7 @@ def _cut(q, spatial_ndim, blocks, platform, precision) -> _Cut:
         # All images at once: over several devices a loop would go through the parts of one after another.
         known = images if isinstance(images, int) else 1
         heads = _divisor(heads, max(1, pairs // max(1, known)))
-    return _Cut(space, spatial_ndim, lines, images, heads, precision)
+    return _Cut(space, spatial_ndim, lines, images, heads, precision, platform)
 
 
 def _divisor(size: int, most: int) -> int:

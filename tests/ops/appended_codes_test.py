@@ -62,6 +62,15 @@ def test_keeps_the_dtype(reference, inputs, dtype, tolerance):
     np.testing.assert_allclose(np.asarray(got, np.float64), reference.attention(*exact, scale=0.6), atol=tolerance)
 
 
+def test_a_relative_logit_beyond_float16_makes_no_nan():
+    # 300 * 300 is more than 65504; with infinity in the queries, each one-hot code's zeros would make NaN of it.
+    q = jnp.full((3, 4, 1, 1), 300.0, jnp.float16)
+    v = jnp.arange(12, dtype=jnp.float16).reshape(3, 4, 1, 1)
+    down = jnp.zeros((5, 1), jnp.float16).at[3].set(300.0)
+    got = plainly(q, jnp.zeros_like(q), v, (down, jnp.zeros((7, 1), jnp.float16)), scale=1.0)
+    np.testing.assert_array_equal(got[:2, :, 0, 0], np.repeat([[5.5], [9.5]], 4, axis=1))
+
+
 @pytest.mark.parametrize("space", [(7,), (4, 3), (3, 5), (2, 3, 2)], ids=str)
 def test_gradients_of_every_argument(inputs, space):
     arguments = (*inputs(space), 0.6)

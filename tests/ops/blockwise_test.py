@@ -208,6 +208,23 @@ def test_within_shard_map_the_tables_gather_every_devices_gradient(inputs):
         assert_close(gradients(jax.jit(f), q, k, v, rel), gradients(attend, q, k, v, rel))
 
 
+@pytest.mark.parametrize("length", [1.0, 30.0, 1000.0])
+def test_logits_far_below_what_the_lengths_of_queries_and_keys_allow(reference, inputs, length):
+    # One key points away from all queries and is `length` times as long: the bound by lengths is far off, exponentials
+    # below it vanish in float32, and the maximum has to be taken instead.
+    q, k, v, rel = inputs((5, 6), batch=(1,), d=4)
+    q[..., 0] = np.abs(q[..., 0]) + 1
+    k[0, 2, 3, :, :] = [-10 * length, 0, 0, 0]
+    got, pull = jax.vjp(lambda *a: attend(*a[:3], a[3:]), *jax.tree.map(jnp.float32, (q, k, v, *rel)))
+    np.testing.assert_allclose(got, reference.attention(q, k, v, rel), atol=5e-6)
+    with jax.enable_x64(True):
+        exact = lambda *a: ops.relative_attention(*a[:3], a[3:], implementation="factorised")
+        _, exact_pull = jax.vjp(exact, *jax.tree.map(jnp.asarray, (q, k, v, *rel)))
+        wanted = exact_pull(jnp.ones(v.shape))
+    for one, other in zip(pull(jnp.ones(v.shape, jnp.float32)), wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
+
+
 @pytest.mark.parametrize(
     "sizes,message",
     [
@@ -216,6 +233,7 @@ def test_within_shard_map_the_tables_gather_every_devices_gradient(inputs):
         (dict(query=0), r"BlockSizes\(query=0\): it must be a positive integer"),
         (dict(pairs=2.0), r"BlockSizes\(pairs=2.0\): it must be a positive integer"),
         (dict(key=True), r"BlockSizes\(key=True\): it must be a positive integer"),
+        (dict(key=128), r"BlockSizes\(key=128\) with .*'blockwise', which takes query and pairs.*one that .* \(pallas"),
     ],
     ids=str,
 )

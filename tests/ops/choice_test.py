@@ -60,6 +60,16 @@ def test_every_name_is_either_run_by_the_shared_tests_or_refused_here():
             assert ops.choose_implementation(SHAPE, 4, jnp.float32, implementation=name).implementation == name
 
 
+def test_block_sizes_for_what_takes_none_are_refused_unless_it_was_chosen():
+    q = jnp.ones((1, 4, 4, 1, 8))
+    for_a_tpu = ops.BlockSizes(key=128)
+    with pytest.raises(
+        ValueError, match=r"BlockSizes\(key=128\) with implementation='skew', which takes no block sizes"
+    ):
+        ops.relative_attention(q, q, q, None, implementation="skew", block_sizes=for_a_tpu)
+    ops.relative_attention(q, q, q, None, block_sizes=for_a_tpu)
+
+
 @pytest.mark.parametrize("platform,kernel", [("tpu", True), ("cpu", False), ("cuda", False)])
 def test_the_mesh_that_the_queries_live_on_says_the_platform(platform, kernel):
     # So a program for devices that are not here is traced as it would be there.
