@@ -71,7 +71,8 @@ class GatherExcite(nn.Module):
 
     with :math:`\xi` the gathering at every ``extent``-th pixel and :math:`\mathrm{interp}` the nearest neighbour:
     ``extent x extent`` pixels share a number. The region around pixel ``extent * u`` reaches ``extent - 1`` pixels
-    in every direction, ``2 * extent - 1`` in all. The forms differ in :math:`\xi`:
+    in every direction, ``2 * extent - 1`` in all: the paper's selection operator as recalled, not verified. The forms
+    differ in :math:`\xi`:
 
     - ``parameter_free`` (the paper's theta minus): the mean over the region, pixels inside the map only.
     - ``parametrised`` (theta): ``log2(extent)`` depthwise 3x3 convolutions of stride 2, which together see the same
