@@ -50,6 +50,11 @@ def default_config() -> ConfigDict:
     c.model.strided_attention = config_dict.placeholder(str)  # subsample|average_pool
     c.model.larger_maps = config_dict.placeholder(str)  # raise|interpolate|clip
     c.model.implementation = config_dict.placeholder(str)  # of relative_attention
+    c.model.recalibration = config_dict.placeholder(str)  # none|se|ge|bam|cbam
+    c.model.reduction = config_dict.placeholder(int)  # channels / channels of the bottleneck
+    c.model.extent = config_dict.placeholder(int)  # ge: 2, 4, 8 ..; 0: the whole map
+    c.model.gather = config_dict.placeholder(str)  # ge: parameter_free|parametrised|pointwise
+    c.model.recalibration_stages = config_dict.placeholder(tuple)  # stages that have it, from 1
     c.model.depth = config_dict.placeholder(int)  # Wide-ResNet: 6 n + 4
     c.model.width = config_dict.placeholder(int)  # Wide-ResNet: multiplier; ResNet: stem channels
     c.model.shortcut = config_dict.placeholder(str)  # Wide-ResNet: pad|projection
@@ -206,6 +211,7 @@ def validate(config: ConfigDict) -> None:
 ELEMENTS = {
     "model.stages": (int, "whole numbers"),
     "model.pooled_stages": (int, "whole numbers"),
+    "model.recalibration_stages": (int, "whole numbers"),
     "data.mean": ((int, float), "numbers"),
     "data.std": ((int, float), "numbers"),
     "schedule.boundaries_epochs": ((int, float), "numbers"),

@@ -1,4 +1,4 @@
-"""ImageNet, ResNet-34, 50, 101 and 152, plain and attention-augmented.
+"""ImageNet, ResNet-34, 50, 101 and 152, plain, attention-augmented and with other mechanisms.
 
 COMMAND: aaconv train --config configs/imagenet_resnet.py:aa_resnet50 --workdir runs/aa_resnet50
 SOURCE: Bello et al., Attention Augmented Convolutional Networks, ICCV 2019, 4.2, tables 2 and 3.
@@ -8,6 +8,11 @@ EXPECTED (paper): parameters, GFLOPs, top-1 / top-5. Not measured here yet.
     resnet50   25.6M  8.2  76.4/93.1    aa_resnet50   25.8M  8.3  77.7/93.8
     resnet101  44.5M 15.6  77.9/94.0    aa_resnet101  45.4M 16.1  78.7/94.4
     resnet152  60.2M 23.0  78.4/94.2    aa_resnet152  61.6M 23.8  79.1/94.6   (the last row is not verified)
+
+    se_resnet34   22.0M  7.4  74.3/91.8    bam_resnet50  25.9M  77.3
+    se_resnet50   28.1M  8.2  77.5/93.7    cbam_resnet50 28.1M  77.4
+    se_resnet101  49.3M 15.6  78.4/94.2
+    se_resnet152  66.8M 23.1  78.9/94.5    (of these only se_resnet50 is verified)
 
 HARDWARE: several GPUs or TPU chips, bfloat16. The data set is prepared once: aaconv prepare imagenet2012.
 
@@ -19,7 +24,11 @@ all (the paper took the largest of 32 to 256 a worker that fitted), weight decay
 
 from ml_collections import ConfigDict
 
-NAMES = tuple(f"{aa}resnet{depth}" for depth in (34, 50, 101, 152) for aa in ("", "aa_"))
+NAMES = (
+    *(f"{kind}resnet{depth}" for depth in (34, 50, 101, 152) for kind in ("", "aa_", "se_")),
+    "bam_resnet50",
+    "cbam_resnet50",
+)
 
 
 def get_config(argument: str = "aa_resnet50") -> ConfigDict:

@@ -24,12 +24,18 @@ EVERY = {
     "cifar100_aa_wrn_28_10.py": "36.05",
     "imagenet_resnet.py:resnet34": "21.8",
     "imagenet_resnet.py:aa_resnet34": "20.745",
+    "imagenet_resnet.py:se_resnet34": "22.0",
     "imagenet_resnet.py:resnet50": "25.6",
     "imagenet_resnet.py:aa_resnet50": "25.809",
+    "imagenet_resnet.py:se_resnet50": "28.1",
+    "imagenet_resnet.py:bam_resnet50": "25.9",
+    "imagenet_resnet.py:cbam_resnet50": "28.1",
     "imagenet_resnet.py:resnet101": "44.5",
     "imagenet_resnet.py:aa_resnet101": "45.387",
+    "imagenet_resnet.py:se_resnet101": "49.3",
     "imagenet_resnet.py:resnet152": "60.2",
     "imagenet_resnet.py:aa_resnet152": "61.614",
+    "imagenet_resnet.py:se_resnet152": "66.8",
 }
 
 
@@ -67,6 +73,22 @@ def test_builds(name, parameters):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), dict(variables)
     )
+
+
+def test_recalibration_is_set_by_key_or_by_name():
+    def build(*overrides, file="imagenet_resnet.py:aa_resnet50"):
+        return train.build_model(config_lib.load(str(CONFIGS / file), overrides), 1000)
+
+    both = build("model.recalibration=se", "model.reduction=8", "model.recalibration_stages=4")
+    assert [getattr(part, "keywords", {}).get("reduction") for part in both.block_recalibrations] == [
+        None,
+        None,
+        None,
+        8,
+    ]
+    named = build("model.name=se_wrn_28_10", file="cifar100_wrn_28_10.py")
+    keyed = build("model.recalibration=se", file="cifar100_wrn_28_10.py")
+    assert [part.func for part in named.block_recalibrations] == [part.func for part in keyed.block_recalibrations]
 
 
 @pytest.mark.parametrize("name", ["cifar100_small.py:both", "imagenet_resnet.py:resnet18"])

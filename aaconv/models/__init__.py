@@ -54,6 +54,12 @@ _BASIC = {"kappa": 0.25, "upsilon": 0.25, "num_heads": 8}  # inferred from ResNe
 _WRN = "Zagoruyko & Komodakis 2016"
 _RESNET = "He et al. 2016"
 _AA = "Bello et al. 2019"
+_RECALIBRATED = {
+    "se": "Hu, Shen & Sun 2018",
+    "ge": "Hu, Shen, Albanie, Sun & Vedaldi 2018",
+    "bam": "Park et al. 2018",
+    "cbam": "Woo et al. 2018",
+}
 
 
 def _wide_resnet(depth: int | None = None, width: int | None = None, *, augmented: bool = False) -> Entry:
@@ -70,6 +76,11 @@ def _resnet(depth: int, **arguments: Any) -> Entry:
     return Entry(build, _AA if augmented else _RESNET, 224, augmented, frozenset({"depth"}))
 
 
+def _recalibrated(kind: str, plain: Entry) -> Entry:
+    build = partial(plain.build, recalibration=kind)
+    return dataclasses.replace(plain, build=build, source=_RECALIBRATED[kind], fixed=plain.fixed | {"recalibration"})
+
+
 MODELS: dict[str, Entry] = {
     "wrn": _wide_resnet(),
     "aa_wrn": _wide_resnet(augmented=True),
@@ -78,8 +89,16 @@ MODELS: dict[str, Entry] = {
     **{f"resnet{depth}": _resnet(depth) for depth in (18, 34, 50, 101, 152)},
     **{f"aa_resnet{depth}": _resnet(depth, **_BASIC) for depth in (18, 34)},
     **{f"aa_resnet{depth}": _resnet(depth, **_PAPER) for depth in (50, 101, 152)},
+    **{f"{kind}_wrn": _recalibrated(kind, _wide_resnet()) for kind in _RECALIBRATED},
+    **{f"{kind}_wrn_28_10": _recalibrated(kind, _wide_resnet(28, 10)) for kind in _RECALIBRATED},
+    **{
+        f"{kind}_resnet{depth}": _recalibrated(kind, _resnet(depth))
+        for kind in _RECALIBRATED
+        for depth in (18, 34, 50, 101, 152)
+    },
 }
-"""Every network by name; ``wrn_D_K`` and ``aa_wrn_D_K`` exist for any depth and width."""
+"""Every network by name; ``wrn_D_K``, also with ``aa_``, ``se_``, ``ge_``, ``bam_`` or ``cbam_`` before it, exists for
+any depth and width."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -91,11 +110,13 @@ def create(name: str, **overrides: Any) -> nn.Module:
     """Builds a network.
 
     Args:
-      name: one of `list_models`, or ``wrn_D_K`` / ``aa_wrn_D_K`` for a Wide-ResNet of depth D and width K.
+      name: one of `list_models`, or ``wrn_D_K``, ``aa_wrn_D_K``, ``se_wrn_D_K`` .. for a Wide-ResNet of depth D and
+        width K.
       **overrides: arguments of the family's builder, `aaconv.models.resnet.resnet` or
         `aaconv.models.wide_resnet.wide_resnet`, e.g. ``num_classes``, ``kappa``, ``upsilon``, ``num_heads``,
         ``stages``, ``pooled_stages``, ``position_encoding``, ``dtype``. Only the augmented networks (``aa_``) take
-        those that concern attention; with ``upsilon=0`` they are the plain ones.
+        those that concern attention; with ``upsilon=0`` they are the plain ones. ``recalibration`` combines with
+        attention; ``se_resnet50`` is ``resnet50`` with ``recalibration="se"``.
 
     Returns:
       A Flax module; ``module.apply(variables, images, train=False)`` gives logits.
@@ -111,13 +132,22 @@ def create(name: str, **overrides: Any) -> nn.Module:
     known = found.arguments()
     for argument in overrides:
         if argument in found.fixed:
-            other = f"; use {name.partition('wrn')[0]}wrn with depth= and width=" if "wrn" in name else ""
+            other = ""
+            if argument == "recalibration":
+                other = f"; use {name.partition('_')[2]} with recalibration="
+            elif "wrn" in name:
+                other = f"; use {name.partition('wrn')[0]}wrn with depth= and width="
             raise ValueError(f"{argument}={overrides[argument]!r} is already set by the name {name!r}{other}")
-        if argument in ATTENTION and not found.augmented and f"aa_{name}" in MODELS:
-            raise ValueError(
-                f"{argument}={overrides[argument]!r}: {name} is the plain network; use aa_{name}, or leave "
-                f"{argument} out (None in a config)"
-            )
+        if argument in ATTENTION and not found.augmented:
+            kind, _, plain = name.partition("_")
+            what, instead = "the plain network", f"aa_{name}"
+            if kind in _RECALIBRATED:
+                what, instead = "not augmented", f"aa_{plain} with recalibration={kind!r}"
+            if instead.split()[0] in MODELS:
+                raise ValueError(
+                    f"{argument}={overrides[argument]!r}: {name} is {what}; use {instead}, or leave {argument} out "
+                    "(None in a config)"
+                )
         if argument not in known:
             raise ValueError(
                 f"{name} has no argument {argument!r}{close_matches(argument, known)}; known: {', '.join(known)}"
@@ -143,8 +173,9 @@ def entry(name: str) -> Entry:
     """
     if name in MODELS:
         return MODELS[name]
-    match = re.fullmatch(r"(aa_)?wrn_(\d+)_(\d+)", name)
+    match = re.fullmatch(rf"(?:(aa|{'|'.join(_RECALIBRATED)})_)?wrn_(\d+)_(\d+)", name)
     if match is None:
         raise ValueError(f"unknown model {name!r}{close_matches(name, MODELS)}; known: {', '.join(MODELS)}")
-    augmented, depth, width = match.groups()
-    return _wide_resnet(int(depth), int(width), augmented=augmented is not None)
+    kind, depth, width = match.groups()
+    network = _wide_resnet(int(depth), int(width), augmented=kind == "aa")
+    return _recalibrated(kind, network) if kind in _RECALIBRATED else network

@@ -38,11 +38,15 @@ class Layer:
     @property
     def stage(self) -> str:
         """``stem``, ``stage1`` .. or ``head``: the part of the network this layer belongs to."""
-        first = self.path.split("/")[0]
-        match = re.match(r"(stage\d+)", first)
-        if match:
-            return match.group(1)
-        return "stem" if first.endswith("stem") else "head"
+        return _stage(self.path)
+
+
+def _stage(path: str) -> str:
+    first = path.split("/")[0]
+    match = re.match(r"(stage\d+)", first)
+    if match:
+        return match.group(1)
+    return "stem" if first.endswith("stem") else "head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +83,18 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `summarise` found; ``layers`` and ``attention`` in the order of the forward pass."""
+    """What `summarise` found; ``layers`` and ``attention`` in the order of the forward pass.
+
+    Attributes:
+      layers: all layers.
+      attention: the attending ones.
+      output_shapes: ``(stage, shape without the batch)`` of what the stages hand on, which is not always the last
+        layer's: a layer that rescales may end in a number a channel.
+    """
 
     layers: tuple[Layer, ...]
     attention: tuple[Attention, ...]
+    output_shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
     def parameters(self) -> int:
@@ -97,9 +109,11 @@ class Summary:
     def by_stage(self) -> dict[str, tuple[int, int, tuple[int, ...]]]:
         """Returns ``{stage: (parameters, flops, output shape)}`` in forward order."""
         stages: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        shapes = dict(self.output_shapes)
         for layer in self.layers:
             parameters, flops, _ = stages.get(layer.stage, (0, 0, ()))
-            stages[layer.stage] = (parameters + layer.parameters, flops + layer.flops, layer.output_shape)
+            shape = shapes.get(layer.stage, layer.output_shape)
+            stages[layer.stage] = (parameters + layer.parameters, flops + layer.flops, shape)
         return stages
 
     def computed_by(self) -> list[str]:
@@ -138,6 +152,7 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> Summary:
     """
     layers: list[Layer] = []
     attention: list[Attention] = []
+    output_shapes: dict[str, tuple[int, ...]] = {}
     around: list[tuple[nn.Module, tuple[int, ...]]] = []  # modules being called, outermost first
 
     def record(next_fun, args, kwargs, context):
@@ -151,6 +166,8 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> Summary:
         finally:
             around.pop()
         _record(module, shape, out, around, layers, attention)
+        if len(module.path) == 1 and hasattr(out, "shape"):
+            output_shapes[_stage(module.path[0])] = tuple(out.shape[1:])
         return out
 
     def trace():
@@ -158,7 +175,7 @@ def summarise(model: nn.Module, image_shape: Sequence[int]) -> Summary:
             return model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
 
     variables = jax.eval_shape(trace)
-    summary = Summary(tuple(_once(layers)), tuple(attention))
+    summary = Summary(tuple(_once(layers)), tuple(attention), tuple(output_shapes.items()))
     whole = count_parameters(nn.meta.unbox(variables.get("params", {})))
     if summary.parameters != whole:
         raise ValueError(

@@ -12,12 +12,16 @@ from flax import linen as nn
 
 from aaconv.errors import close_matches
 from aaconv.models.augmentation import ModuleDef, check_images, check_sizes, conv_and_norm, stage_convs
+from aaconv.models.recalibration import identity, recalibrations
 
 SHORTCUTS = ("pad", "projection")
 
 
 class PreActivationBlock(nn.Module):
-    """norm, relu, conv twice; ``conv`` is the first 3x3 (Zagoruyko & Komodakis 2016, fig. 1d)."""
+    """norm, relu, conv twice; ``conv`` is the first 3x3 (Zagoruyko & Komodakis 2016, fig. 1d).
+
+    ``recalibration`` is the last layer of the residual branch, a layer of `aaconv.layers` or nothing.
+    """
 
     features: int
     strides: int
@@ -25,6 +29,7 @@ class PreActivationBlock(nn.Module):
     plain_conv: ModuleDef
     norm: ModuleDef
     shortcut: str
+    recalibration: ModuleDef = identity
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -34,7 +39,8 @@ class PreActivationBlock(nn.Module):
             x = self._match(y)
         y = self.conv(self.features, (3, 3), strides=self.strides, name="conv1")(y)
         y = nn.relu(self.norm(name="norm2")(y))
-        return x + self.plain_conv(self.features, (3, 3), name="conv2")(y)
+        y = self.plain_conv(self.features, (3, 3), name="conv2")(y)
+        return x + self.recalibration(name="recalibration")(y)
 
     def _match(self, x: jax.Array) -> jax.Array:
         if self.shortcut == "projection":
@@ -54,6 +60,8 @@ class WideResNet(nn.Module):
       width: multiplier k of the channels 16, 32, 64.
       num_classes: logits.
       stage_convs: what each stage puts in the place of the first 3x3 of its blocks, see `ResNet`.
+      block_recalibrations, stage_recalibrations: what stands at the end of the residual branch of the blocks of each
+        stage, and after its last block, see `ResNet`.
       shortcut: ``pad``: average pooling and zero channels where a block changes size; ``projection``: a
         strided 1x1 convolution.
       dtype: of activations; parameters are float32.
@@ -67,6 +75,8 @@ class WideResNet(nn.Module):
     width: int
     num_classes: int = 100
     stage_convs: Sequence[ModuleDef] | None = None
+    block_recalibrations: Sequence[ModuleDef] | None = None
+    stage_recalibrations: Sequence[ModuleDef] | None = None
     shortcut: str = "pad"
     dtype: Any = jnp.float32
     norm_momentum: float = 0.9
@@ -91,8 +101,14 @@ class WideResNet(nn.Module):
         conv, norm = conv_and_norm(train=train, dtype=self.dtype, momentum=self.norm_momentum)
         x = conv(16, (3, 3), name="conv_stem")(images)
         maps = {"stem": x}
-        stage_convs = self.stage_convs or (nn.Conv,) * 3
-        for stage, stage_conv in enumerate(stage_convs, start=1):
+        nothing = (identity,) * 3
+        choices = zip(
+            self.stage_convs or (nn.Conv,) * 3,
+            self.block_recalibrations or nothing,
+            self.stage_recalibrations or nothing,
+            strict=True,
+        )
+        for stage, (stage_conv, in_block, after_stage) in enumerate(choices, start=1):
             injected = partial(stage_conv, **conv.keywords)
             for i in range(self.blocks_per_stage):
                 x = PreActivationBlock(
@@ -102,9 +118,11 @@ class WideResNet(nn.Module):
                     plain_conv=conv,
                     norm=norm,
                     shortcut=self.shortcut,
+                    recalibration=partial(in_block, norm=norm, dtype=self.dtype),
                     name=f"stage{stage}_block{i + 1}",
                 )(x)
-            if stage == len(stage_convs):
+            x = after_stage(norm=norm, dtype=self.dtype, name=f"stage{stage}_recalibration")(x)
+            if stage == 3:
                 x = nn.relu(norm(name="norm_final")(x))
             maps[f"stage{stage}"] = x
         x = jnp.mean(x.astype(jnp.float32), axis=(-3, -2))
@@ -127,6 +145,11 @@ def wide_resnet(
     larger_maps: str = "raise",
     strided_attention: str = "subsample",
     implementation: str | None = None,
+    recalibration: str = "none",
+    reduction: int = 16,
+    extent: int = 0,
+    gather: str = "parameter_free",
+    recalibration_stages: Sequence[int] | None = None,
     shortcut: str = "pad",
     dtype: Any = jnp.float32,
 ) -> WideResNet:
@@ -137,6 +160,9 @@ def wide_resnet(
     ``projection``: 36.54M). No setting that we know gives 36.2M together with the paper's 10.9 GFLOPs: this one gives
     36.05M (36.31M with ``projection``) and 11.40 GFLOPs, at 32 pixels.
 
+    SE-WRN-28-10 and GE-WRN-28-10 have the 36.5M and 36.3M that it prints: the first without biases in the bottleneck
+    (with them 36.55M), the second without parameters (the default here) or with convolutions of extent 2.
+
     Args:
       depth: 6 n + 4, e.g. 10, 16, 22, 28, 40.
       width: multiplier k.
@@ -146,6 +172,11 @@ def wide_resnet(
       stages: augmented stages, 1 to 3.
       pooled_stages: augmented stages that attend at half their resolution.
       shortcut: ``pad`` or ``projection``.
+      recalibration: ``none``; ``se``, ``ge`` or ``cbam``: a layer on the residual branch of every block; ``bam``: one
+        after a stage. It goes with attention as well.
+      reduction: of the channels, in all of them but the parameter-free and the parametrised Gather-Excite.
+      extent, gather: ``extent`` and ``form`` of `aaconv.layers.GatherExcite`.
+      recalibration_stages: the stages that have it, 1 to 3; None: all of them, for ``bam`` all but the last.
       dtype: of activations.
 
     Raises:
@@ -162,6 +193,14 @@ def wide_resnet(
         raise ValueError(
             f"shortcut={shortcut!r} is not one of {', '.join(SHORTCUTS)}{close_matches(shortcut, SHORTCUTS)}"
         )
+    block_recalibrations, stage_recalibrations = recalibrations(
+        3,
+        recalibration=recalibration,
+        reduction=reduction,
+        extent=extent,
+        gather=gather,
+        stages=recalibration_stages,
+    )
     return WideResNet(
         blocks_per_stage=(depth - 4) // 6,
         width=width,
@@ -179,6 +218,8 @@ def wide_resnet(
             strided_attention=strided_attention,
             implementation=implementation,
         ),
+        block_recalibrations=block_recalibrations,
+        stage_recalibrations=stage_recalibrations,
         shortcut=shortcut,
         dtype=dtype,
     )
