@@ -58,6 +58,8 @@ def default_config() -> ConfigDict:
     c.model.depth = config_dict.placeholder(int)  # Wide-ResNet: 6 n + 4
     c.model.width = config_dict.placeholder(int)  # Wide-ResNet: multiplier; ResNet: stem channels
     c.model.shortcut = config_dict.placeholder(str)  # Wide-ResNet: pad|projection
+    c.model.width_multiplier = config_dict.placeholder(float)  # MnasNet: of the channels
+    c.model.dropout = config_dict.placeholder(float)  # MnasNet: share of features before the last layer
 
     c.data = _group()
     c.data.name = config_dict.placeholder(str)  # TFDS name, e.g. cifar100, or "digits"

@@ -146,7 +146,7 @@ def train_step(
     config = run.config
     # Folding in the step, rather than carrying a key, gives a resumed run the same numbers.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    prepare_key, mixup_key = jax.random.split(key)
+    prepare_key, mixup_key, dropout_key = jax.random.split(key, 3)
     prepared = run.prepare_train(batch, prepare_key, resident or None)
     images = prepared["image"]
     targets = metrics.soft_labels(prepared["label"], run.info.num_classes, config.loss.label_smoothing)
@@ -155,7 +155,8 @@ def train_step(
 
     def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = run.model.apply(variables, images, train=True, mutable=["batch_stats"])
+        rngs = {"dropout": dropout_key}
+        logits, updated = run.model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
         losses = metrics.cross_entropy(logits, targets)
         return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
 

@@ -36,6 +36,14 @@ EVERY = {
     "imagenet_resnet.py:resnet152": "60.2",
     "imagenet_resnet.py:aa_resnet152": "61.614",
     "imagenet_resnet.py:se_resnet152": "66.8",
+    "imagenet_mnasnet.py:mnasnet_a1_0_75": "2.91",
+    "imagenet_mnasnet.py:aa_mnasnet_a1_0_75": "3.02",
+    "imagenet_mnasnet.py:mnasnet_a1": "3.89",
+    "imagenet_mnasnet.py:aa_mnasnet_a1": "4.06",
+    "imagenet_mnasnet.py:mnasnet_a1_1_25": "5.26",
+    "imagenet_mnasnet.py:aa_mnasnet_a1_1_25": "5.53",
+    "imagenet_mnasnet.py:mnasnet_a1_1_4": "6.106",
+    "imagenet_mnasnet.py:aa_mnasnet_a1_1_4": "6.44",
 }
 
 
@@ -62,7 +70,13 @@ def test_builds(name, parameters):
 
     def update(variables, images):
         def loss(params):
-            logits, updated = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            logits, updated = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
             return logits.sum(), updated
 
         gradient, updated = jax.grad(loss, has_aux=True)(variables["params"])
@@ -91,9 +105,23 @@ def test_recalibration_is_set_by_key_or_by_name():
     assert [part.func for part in named.block_recalibrations] == [part.func for part in keyed.block_recalibrations]
 
 
-@pytest.mark.parametrize("name", ["cifar100_small.py:both", "imagenet_resnet.py:resnet18"])
+def test_augmented_mnasnet_starts_at_half_the_rate_of_the_plain_one_and_ends_at_the_same():
+    plain, augmented = (
+        optim.plan(config_lib.load(str(CONFIGS / f"imagenet_mnasnet.py:{name}")), steps_per_epoch=10)
+        for name in ("mnasnet_a1", "aa_mnasnet_a1")
+    )
+    assert plain.peak == pytest.approx(0.256) and augmented.peak == pytest.approx(0.128)
+    ratios = [float(augmented.learning_rate(s) / plain.learning_rate(s)) for s in (49, 50, 1800, plain.total_steps)]
+    assert ratios[0] == pytest.approx(0.5) and ratios[-1] == pytest.approx(1.0, rel=1e-4)
+    assert ratios == sorted(ratios)
+    assert float(plain.learning_rate(plain.total_steps)) == pytest.approx(0.256 * 0.97**145, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar100_small.py:both", "imagenet_resnet.py:resnet18", "imagenet_mnasnet.py:mnasnet_a1_0_5"]
+)
 def test_an_argument_that_does_not_exist_is_refused(name):
-    with pytest.raises(ValueError, match="takes .*not '(both|resnet18)'"):
+    with pytest.raises(ValueError, match="takes .*not '(both|resnet18|mnasnet_a1_0_5)'"):
         config_lib.load(str(CONFIGS / name))
 
 

@@ -203,6 +203,18 @@ def undisturbed(tmp_path_factory) -> Path:
     return workdir
 
 
+class DroppingNet(nn.Module):
+    """Remembers what dropout left of 32 ones for the first image."""
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        left = nn.Dropout(0.5, deterministic=not train)(jnp.ones((len(x), 32)))
+        seen = self.variable("batch_stats", "seen", jnp.zeros, 32)
+        if train:
+            seen.value = left[0]
+        return nn.Dense(4, name="head")(left)
+
+
 # What a run gives
 
 
@@ -230,6 +242,20 @@ def test_one_device_and_eight_give_the_same_losses(undisturbed, tmp_path):
     run(tmp_path, mesh__data=1)
     for one, eight in zip(rows(tmp_path), rows(undisturbed), strict=True):
         assert one == pytest.approx(eight, rel=3e-6)
+
+
+def test_dropout_is_drawn_anew_each_step_and_alike_on_any_devices(tmp_path):
+    def seen(steps, **settings):
+        settings |= {"num_epochs": None, "num_steps": steps, "optimizer__ema_decay": 0.0}
+        workdir = tmp_path / f"{steps} {settings}"
+        run(workdir, model=DroppingNet(), **settings)
+        restored = train.restore(make_config(**settings), workdir, model=DroppingNet(), data=source())
+        return np.asarray(restored.variables["batch_stats"]["seen"])
+
+    first, on_one, second = seen(1), seen(1, mesh__data=1), seen(2)
+    assert set(first) == {0.0, 2.0}
+    np.testing.assert_array_equal(first, on_one)
+    assert (first != second).any()
 
 
 def test_the_checkpoint_of_eight_devices_continues_on_one(undisturbed, tmp_path):

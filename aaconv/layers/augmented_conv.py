@@ -53,7 +53,7 @@ class AAConv(nn.Conv, kw_only=True):
       key_depth: d_k over all heads, instead of ``kappa``.
       value_depth: d_v over all heads, instead of ``upsilon``; 0 is a plain convolution.
       min_key_depth: channels a head that the keys have at least when ``kappa`` sets them; 20 in the
-        paper's networks, 1 in MnasNet's.
+        paper's networks, 2 in MnasNet's.
       position_encoding: ``relative``, ``none``, ``sinusoid`` or ``coordconv``.
       larger_maps: ``raise``, ``interpolate`` or ``clip``: what the relative tables do when a call's map is
         larger than the map at initialisation. Smaller maps use the middle of the tables, exactly.

@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen as nn
 
 from aaconv.errors import close_matches
+from aaconv.models.mnasnet import MnasNet as MnasNet, mnasnet
 from aaconv.models.resnet import ResNet as ResNet, resnet
 from aaconv.models.wide_resnet import WideResNet as WideResNet, wide_resnet
 
@@ -50,6 +51,7 @@ ATTENTION = (
 
 _PAPER = {"kappa": 0.2, "upsilon": 0.1, "num_heads": 8}  # kappa = 2 upsilon = 0.2, Bello et al. 4.1 and 4.2
 _BASIC = {"kappa": 0.25, "upsilon": 0.25, "num_heads": 8}  # inferred from ResNet-34's parameter count
+_MOBILE = {"kappa": 0.1, "upsilon": 0.05, "num_heads": 4}  # kappa = 2 upsilon = 0.1, inferred from MnasNet's counts
 
 _WRN = "Zagoruyko & Komodakis 2016"
 _RESNET = "He et al. 2016"
@@ -60,6 +62,7 @@ _RECALIBRATED = {
     "bam": "Park et al. 2018",
     "cbam": "Woo et al. 2018",
 }
+_MNASNET = "Tan et al. 2019"
 
 
 def _wide_resnet(depth: int | None = None, width: int | None = None, *, augmented: bool = False) -> Entry:
@@ -96,6 +99,8 @@ MODELS: dict[str, Entry] = {
         for kind in _RECALIBRATED
         for depth in (18, 34, 50, 101, 152)
     },
+    "mnasnet_a1": Entry(mnasnet, _MNASNET),
+    "aa_mnasnet_a1": Entry(partial(mnasnet, **_MOBILE), _AA, augmented=True),
 }
 """Every network by name; ``wrn_D_K``, also with ``aa_``, ``se_``, ``ge_``, ``bam_`` or ``cbam_`` before it, exists for
 any depth and width."""
