@@ -53,6 +53,8 @@ def default_config() -> ConfigDict:
     c.model.depth = config_dict.placeholder(int)  # Wide-ResNet: 6 n + 4
     c.model.width = config_dict.placeholder(int)  # Wide-ResNet: multiplier; ResNet: stem channels
     c.model.shortcut = config_dict.placeholder(str)  # Wide-ResNet: pad|projection
+    c.model.scale_positions = config_dict.placeholder(bool)  # BoTNet: whether 1/sqrt(d) reaches the relative logits
+    c.model.last_stride = config_dict.placeholder(int)  # BoTNet: of the last stage, 1|2
 
     c.data = _group()
     c.data.name = config_dict.placeholder(str)  # TFDS name, e.g. cifar100, or "digits"

@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen as nn
 
 from aaconv.errors import close_matches
+from aaconv.models.botnet import botnet
 from aaconv.models.resnet import ResNet as ResNet, resnet
 from aaconv.models.wide_resnet import WideResNet as WideResNet, wide_resnet
 
@@ -25,7 +26,7 @@ class Entry:
       build: makes it; its keyword arguments are those of `create`.
       source: the paper it comes from.
       image_size: side of the images in pixels that the paper gives parameters and FLOPs for.
-      augmented: whether it takes the arguments in `ATTENTION`.
+      augmented: whether it attends: it then takes those of the arguments in `ATTENTION` that `build` has.
       fixed: arguments that the name sets.
     """
 
@@ -54,6 +55,7 @@ _BASIC = {"kappa": 0.25, "upsilon": 0.25, "num_heads": 8}  # inferred from ResNe
 _WRN = "Zagoruyko & Komodakis 2016"
 _RESNET = "He et al. 2016"
 _AA = "Bello et al. 2019"
+_BOTNET = "Srinivas et al. 2021"
 
 
 def _wide_resnet(depth: int | None = None, width: int | None = None, *, augmented: bool = False) -> Entry:
@@ -78,6 +80,10 @@ MODELS: dict[str, Entry] = {
     **{f"resnet{depth}": _resnet(depth) for depth in (18, 34, 50, 101, 152)},
     **{f"aa_resnet{depth}": _resnet(depth, **_BASIC) for depth in (18, 34)},
     **{f"aa_resnet{depth}": _resnet(depth, **_PAPER) for depth in (50, 101, 152)},
+    **{
+        f"botnet{depth}": Entry(partial(botnet, depth), _BOTNET, augmented=True, fixed=frozenset({"depth"}))
+        for depth in (50, 101, 152)
+    },
 }
 """Every network by name; ``wrn_D_K`` and ``aa_wrn_D_K`` exist for any depth and width."""
 

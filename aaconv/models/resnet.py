@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -71,6 +72,7 @@ class ResNet(nn.Module):
       width: channels of the stem; stage ``s`` has ``width * 2 ** (s - 1)`` (times 4 with bottlenecks).
       stage_convs: what each stage puts in the place of its 3x3 convolution: `flax.linen.Conv`, a partial of
         `aaconv.AAConv`, or any module with the arguments of `flax.linen.Conv`. None: all plain.
+      stage_strides: of the first block of each stage; None: 1 in the first stage and 2 in the others.
       dtype: of activations; parameters are float32.
       norm_momentum: of the running batch statistics.
 
@@ -83,6 +85,7 @@ class ResNet(nn.Module):
     num_classes: int = 1000
     width: int = 64
     stage_convs: Sequence[ModuleDef] | None = None
+    stage_strides: Sequence[int] | None = None
     dtype: Any = jnp.float32
     norm_momentum: float = 0.9
 
@@ -97,24 +100,27 @@ class ResNet(nn.Module):
 
         Returns:
           Logits ``(*b, num_classes)`` in float32; with ``features`` also a dict with ``stem`` (stride 4),
-          ``stage1`` (stride 4), ``stage2`` (8), ``stage3`` (16), ``stage4`` (32), each ``(*b, h, w, c)``.
+          ``stage1`` (stride 4), ``stage2`` (8), ``stage3`` (16), ``stage4`` (32), each ``(*b, h, w, c)``; other
+          ``stage_strides`` give other strides.
 
         Raises:
           ValueError: images too small, of another dtype or number of channels.
         """
-        check_images(self, images, stem="conv_stem", stride=32)
+        stage_strides = self.stage_strides or (1,) + (2,) * (len(self.stage_sizes) - 1)
+        check_images(self, images, stem="conv_stem", stride=4 * math.prod(stage_strides))
         conv, norm = conv_and_norm(train=train, dtype=self.dtype, momentum=self.norm_momentum)
         x = conv(self.width, (7, 7), strides=2, name="conv_stem")(images)
         x = nn.relu(norm(name="norm_stem")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         maps = {"stem": x}
         stage_convs = self.stage_convs or (nn.Conv,) * len(self.stage_sizes)
-        for stage, (size, stage_conv) in enumerate(zip(self.stage_sizes, stage_convs, strict=True), start=1):
+        stages = zip(self.stage_sizes, stage_convs, stage_strides, strict=True)
+        for stage, (size, stage_conv, stride) in enumerate(stages, start=1):
             injected = partial(stage_conv, **conv.keywords)
             for i in range(size):
                 x = self.block(
                     features=self.width * 2 ** (stage - 1),
-                    strides=2 if stage > 1 and i == 0 else 1,
+                    strides=stride if i == 0 else 1,
                     conv=injected,
                     plain_conv=conv,
                     norm=norm,
