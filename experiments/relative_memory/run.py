@@ -31,7 +31,7 @@ NONE = "no positions"
 WORK = ("forward", "forward + backward")
 # XLA's CPU compiler hands softmax and the products around it to a library where it can, and does not count what the
 # library allots: attention without positions then seems to hold no map at all.
-OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @dataclasses.dataclass(frozen=True)
