@@ -60,6 +60,8 @@ def default_config() -> ConfigDict:
     c.model.shortcut = config_dict.placeholder(str)  # Wide-ResNet: pad|projection
     c.model.width_multiplier = config_dict.placeholder(float)  # MnasNet: of the channels
     c.model.dropout = config_dict.placeholder(float)  # MnasNet: share of features before the last layer
+    c.model.scale_positions = config_dict.placeholder(bool)  # BoTNet: whether 1/sqrt(d) reaches the relative logits
+    c.model.last_stride = config_dict.placeholder(int)  # BoTNet: of the last stage, 1|2
 
     c.data = _group()
     c.data.name = config_dict.placeholder(str)  # TFDS name, e.g. cifar100, or "digits"

@@ -31,10 +31,10 @@ class MultiHeadSelfAttention(nn.Module):
     One pointwise projection makes queries, keys and values (``2 * key_depth + value_depth`` channels, in
     that order, heads before depth), one more mixes the heads.
 
-    Parameters: ``qkv`` and ``out`` (as `flax.linen.Dense`), and ``relative/rel_h``, ``relative/rel_w`` with
-    the relative encoding. Attention maps ``(*b, n, h, w, h, w)`` are sown as ``attention_weights`` in the
-    ``intermediates`` collection when ``apply(..., mutable=["intermediates"])`` asks for it; otherwise
-    they are never formed separately.
+    Parameters: ``qkv`` and ``out`` (as `flax.linen.Dense`; ``out`` with ``output_projection`` only), and
+    ``relative/rel_h``, ``relative/rel_w`` with the relative encoding. Attention maps ``(*b, n, h, w, h, w)``
+    are sown as ``attention_weights`` in the ``intermediates`` collection when
+    ``apply(..., mutable=["intermediates"])`` asks for it; otherwise they are never formed separately.
 
     Attributes:
       num_heads: N_h, the number of heads ``n``.
@@ -49,6 +49,9 @@ class MultiHeadSelfAttention(nn.Module):
       block_sizes: of `aaconv.ops.relative_attention`; None to have them chosen.
       dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as in `flax.linen.Dense`.
       relative_init: of the tables; default normal with deviation ``(key_depth / num_heads) ** -0.5``.
+      output_projection: whether a projection mixes the heads, W^O of eq. 2; without, the heads are the output.
+      scale_positions: whether :math:`1 / \sqrt{d_k^h}` reaches the relative logits too, as in eq. 3 and 4; without, it
+        scales the content logits alone.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,6 +82,8 @@ class MultiHeadSelfAttention(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     promote_dtype: Callable[..., Any] = promote_dtype
     relative_init: nn.initializers.Initializer | None = None
+    output_projection: bool = True
+    scale_positions: bool = True
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -115,6 +120,9 @@ class MultiHeadSelfAttention(nn.Module):
                 table_init=self.relative_init,
                 name="relative",
             )(inputs.shape[-1 - self.spatial_ndim : -1])
+            if not self.scale_positions:
+                # The operation scales content and positions alike: larger tables make up for it.
+                rel = tuple(table * (self.key_depth / self.num_heads) ** 0.5 for table in rel)
             rel = tuple(table.astype(q.dtype) for table in rel)
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
             weights = attention_weights(
@@ -137,7 +145,7 @@ class MultiHeadSelfAttention(nn.Module):
             precision=self.precision,
         )
         joined = heads.reshape(*heads.shape[:-2], self.value_depth)
-        return self._dense(self.value_depth, name="out")(joined)
+        return self._dense(self.value_depth, name="out")(joined) if self.output_projection else joined
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         return nn.Dense(

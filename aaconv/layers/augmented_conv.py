@@ -203,7 +203,7 @@ class AAConv(nn.Conv, kw_only=True):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
-            kernel_init=_as_pointwise(self.kernel_init, ndim),
+            kernel_init=as_pointwise(self.kernel_init, ndim),
             bias_init=self.bias_init,
             promote_dtype=self.promote_dtype,
             relative_init=self.relative_init,
@@ -213,9 +213,9 @@ class AAConv(nn.Conv, kw_only=True):
     def _attention_input(self, x: jax.Array, kernel_size: Sequence[int]) -> jax.Array:
         """The input at the centres of the convolution's windows, ``(*b, h', w', c)``."""
         ndim = len(kernel_size)
-        strides = _per_axis("strides", self.strides, ndim)
-        input_dilation = _per_axis("input_dilation", self.input_dilation, ndim)
-        kernel_dilation = _per_axis("kernel_dilation", self.kernel_dilation, ndim)
+        strides = per_axis("strides", self.strides, ndim)
+        input_dilation = per_axis("input_dilation", self.input_dilation, ndim)
+        kernel_dilation = per_axis("kernel_dilation", self.kernel_dilation, ndim)
         windows = [(k - 1) * d + 1 for k, d in zip(kernel_size, kernel_dilation, strict=True)]
         for axis in range(ndim):
             where = x.ndim - 1 - ndim + axis
@@ -300,7 +300,12 @@ def _round_down(depth: float, multiple: int) -> int:
     return int(depth + 1e-6) // multiple * multiple
 
 
-def _per_axis(name: str, value: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+def per_axis(name: str, value: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """Returns one number an axis for what `flax.linen.Conv` takes as a number, one an axis, or None for 1.
+
+    Raises:
+      ValueError: a number below 1, or not as many as there are axes.
+    """
     if value is None:
         value = 1
     values = (value,) * ndim if isinstance(value, int) else tuple(value)
@@ -372,7 +377,7 @@ def _upsample(x: jax.Array, size: Sequence[int]) -> jax.Array:
     return large.astype(x.dtype)
 
 
-def _as_pointwise(init: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+def as_pointwise(init: Callable[..., Any], ndim: int) -> Callable[..., Any]:
     """An initialiser of convolution kernels as one of matrices: those of a pointwise convolution."""
 
     def matrix(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:

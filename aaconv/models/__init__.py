@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from aaconv.errors import close_matches
 from aaconv.models.mnasnet import MnasNet as MnasNet, mnasnet
+from aaconv.models.botnet import botnet
 from aaconv.models.resnet import ResNet as ResNet, resnet
 from aaconv.models.wide_resnet import WideResNet as WideResNet, wide_resnet
 
@@ -26,7 +27,7 @@ class Entry:
       build: makes it; its keyword arguments are those of `create`.
       source: the paper it comes from.
       image_size: side of the images in pixels that the paper gives parameters and FLOPs for.
-      augmented: whether it takes the arguments in `ATTENTION`.
+      augmented: whether it attends: it then takes those of the arguments in `ATTENTION` that `build` has.
       fixed: arguments that the name sets.
     """
 
@@ -63,6 +64,7 @@ _RECALIBRATED = {
     "cbam": "Woo et al. 2018",
 }
 _MNASNET = "Tan et al. 2019"
+_BOTNET = "Srinivas et al. 2021"
 
 
 def _wide_resnet(depth: int | None = None, width: int | None = None, *, augmented: bool = False) -> Entry:
@@ -101,6 +103,10 @@ MODELS: dict[str, Entry] = {
     },
     "mnasnet_a1": Entry(mnasnet, _MNASNET),
     "aa_mnasnet_a1": Entry(partial(mnasnet, **_MOBILE), _AA, augmented=True),
+    **{
+        f"botnet{depth}": Entry(partial(botnet, depth), _BOTNET, augmented=True, fixed=frozenset({"depth"}))
+        for depth in (50, 101, 152)
+    },
 }
 """Every network by name; ``wrn_D_K``, also with ``aa_``, ``se_``, ``ge_``, ``bam_`` or ``cbam_`` before it, exists for
 any depth and width."""

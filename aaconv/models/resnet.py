@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -85,6 +86,7 @@ class ResNet(nn.Module):
       block_recalibrations: what each stage puts at the end of the residual branch of its blocks, a partial of a layer
         of `aaconv.layers.recalibration`. None: nothing.
       stage_recalibrations: what stands after the last block of each stage, likewise.
+      stage_strides: of the first block of each stage; None: 1 in the first stage and 2 in the others.
       dtype: of activations; parameters are float32.
       norm_momentum: of the running batch statistics.
 
@@ -99,6 +101,7 @@ class ResNet(nn.Module):
     stage_convs: Sequence[ModuleDef] | None = None
     block_recalibrations: Sequence[ModuleDef] | None = None
     stage_recalibrations: Sequence[ModuleDef] | None = None
+    stage_strides: Sequence[int] | None = None
     dtype: Any = jnp.float32
     norm_momentum: float = 0.9
 
@@ -113,12 +116,14 @@ class ResNet(nn.Module):
 
         Returns:
           Logits ``(*b, num_classes)`` in float32; with ``features`` also a dict with ``stem`` (stride 4),
-          ``stage1`` (stride 4), ``stage2`` (8), ``stage3`` (16), ``stage4`` (32), each ``(*b, h, w, c)``.
+          ``stage1`` (stride 4), ``stage2`` (8), ``stage3`` (16), ``stage4`` (32), each ``(*b, h, w, c)``; other
+          ``stage_strides`` give other strides.
 
         Raises:
           ValueError: images too small, of another dtype or number of channels.
         """
-        check_images(self, images, stem="conv_stem", stride=32)
+        stage_strides = self.stage_strides or (1,) + (2,) * (len(self.stage_sizes) - 1)
+        check_images(self, images, stem="conv_stem", stride=4 * math.prod(stage_strides))
         conv, norm = conv_and_norm(train=train, dtype=self.dtype, momentum=self.norm_momentum)
         x = conv(self.width, (7, 7), strides=2, name="conv_stem")(images)
         x = nn.relu(norm(name="norm_stem")(x))
@@ -128,16 +133,17 @@ class ResNet(nn.Module):
         choices = zip(
             self.stage_sizes,
             self.stage_convs or (nn.Conv,) * len(self.stage_sizes),
+            stage_strides,
             self.block_recalibrations or nothing,
             self.stage_recalibrations or nothing,
             strict=True,
         )
-        for stage, (size, stage_conv, in_block, after_stage) in enumerate(choices, start=1):
+        for stage, (size, stage_conv, stride, in_block, after_stage) in enumerate(choices, start=1):
             injected = partial(stage_conv, **conv.keywords)
             for i in range(size):
                 x = self.block(
                     features=self.width * 2 ** (stage - 1),
-                    strides=2 if stage > 1 and i == 0 else 1,
+                    strides=stride if i == 0 else 1,
                     conv=injected,
                     plain_conv=conv,
                     norm=norm,

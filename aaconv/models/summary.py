@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aaconv.layers import AAConv, MultiHeadSelfAttention
+from aaconv.layers import AAConv, BottleneckAttention, MultiHeadSelfAttention
 from aaconv.ops import Choice, choose_implementation
+
+IN_CONV_PLACE = (AAConv, BottleneckAttention)
+"""Layers around attention that networks put in the place of a convolution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Attention:
 
     Attributes:
       path: names from the network down to the layer, joined by ``/``.
-      layer_input, layer_output: spatial shapes of the augmented convolution around it.
+      layer_input, layer_output: spatial shapes of the layer around it that stands for a convolution.
       attends_at: spatial shape of the map it attends over.
       num_heads, key_depth, value_depth: over all heads, after rounding.
       conv_features: filters left to the convolution beside it.
@@ -221,7 +224,7 @@ def _record(module, shape, out, around, layers, attention) -> None:
         # Content logits and the weighted sum; the H + W relative logits a query are left out, as in the paper.
         flops = math.prod(space) ** 2 * (module.key_depth + module.value_depth)
         layers.append(Layer(path, "attention", 0, flops, tuple(out.shape[1:])))
-        conv, conv_shape = around[-1] if around and isinstance(around[-1][0], AAConv) else (None, shape)
+        conv, conv_shape = around[-1] if around and isinstance(around[-1][0], IN_CONV_PLACE) else (None, shape)
         attention.append(
             Attention(
                 path=path,
@@ -237,7 +240,7 @@ def _record(module, shape, out, around, layers, attention) -> None:
             )
         )
         return
-    if isinstance(module, AAConv) and attention and attention[-1].path.startswith(path + "/"):
+    if isinstance(module, IN_CONV_PLACE) and attention and attention[-1].path.startswith(path + "/"):
         ndim = len(attention[-1].attends_at)
         attention[-1] = dataclasses.replace(attention[-1], layer_output=tuple(out.shape[-1 - ndim : -1]))
     if not own:

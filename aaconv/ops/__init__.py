@@ -10,10 +10,18 @@ from aaconv.ops.choice import (
     Choice as Choice,
     choose_implementation as choose_implementation,
 )
+from aaconv.ops.decomposed import (
+    decomposed_relative_attention as decomposed_relative_attention,
+    resize_rows as resize_rows,
+)
 from aaconv.ops.position import coordinates as coordinates, sinusoid as sinusoid
 from aaconv.ops.relative import (
     FORMS as FORMS,
     axis_logits as axis_logits,
     masked_relative_logits as masked_relative_logits,
     relative_logits as relative_logits,
+)
+from aaconv.ops.sequence import (
+    music_transformer_attention as music_transformer_attention,
+    shaw_attention as shaw_attention,
 )

@@ -71,7 +71,7 @@ def relative_attention(
       Bello et al., Attention Augmented Convolutional Networks, ICCV 2019, eq. 1, 3 and 4,
       https://arxiv.org/abs/1904.09925
     """
-    rel = _check(q, k, v, rel, spatial_ndim)
+    rel = check_inputs(q, k, v, rel, spatial_ndim)
     if not isinstance(block_sizes, BlockSizes | None):
         raise ValueError(f"block_sizes={block_sizes!r} must be a BlockSizes, such as BlockSizes(query=128), or None")
     platform = platform_of(q)
@@ -128,7 +128,7 @@ def attention_weights(
       >>> attention_weights(jnp.ones((4, 5, 2, 8)), jnp.ones((4, 5, 2, 8)), None).shape
       (2, 4, 5, 4, 5)
     """
-    rel = _check(q, k, k, rel, spatial_ndim)
+    rel = check_inputs(q, k, k, rel, spatial_ndim)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     space = relative.spatial_shape(q, spatial_ndim)
@@ -152,7 +152,12 @@ def _kernel(name: str, number: bool) -> Callable[..., jax.Array]:
     return jax.jit(attend, static_argnames=("spatial_ndim", "precision", "blocks", *(("scale",) if number else ())))
 
 
-def _check(q, k, v, rel, spatial_ndim) -> tuple[jax.Array, ...] | None:
+def check_inputs(q, k, v, rel, spatial_ndim) -> tuple[jax.Array, ...] | None:
+    """Returns the tables after checking that shapes and dtypes fit each other.
+
+    Raises:
+      ValueError: naming those that do not.
+    """
     relative.spatial_shape(q, spatial_ndim)
     if k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or v.shape[-1] == 0:
         raise ValueError(
