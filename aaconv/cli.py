@@ -168,6 +168,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         workdir="instead of --config: the folder of a run",
     )
     show.add_argument("--layers", action="store_true", help="every layer, not only the stages")
+    networks = add("models", _models, "Print a page of all networks: source, parameters, FLOPs, what attends where.")
+    networks.add_argument("pattern", nargs="?", default="*", help="of names, e.g. 'aa_*' (default: all)")
     predict = add("predict", _predict, "Classify image files.", config=own, workdir="folder of the run")
     predict.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     predict.add_argument("--top", type=_whole, default=5, metavar="K", help="classes to print (default: 5)")
@@ -407,6 +409,13 @@ def _eval(arguments: argparse.Namespace) -> int:
                 *_spoken_metrics(values, config.data.eval_split),
             ]
         )
+    return OK
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from aaconv.models import table
+
+    print(table.page(arguments.pattern), end="")
     return OK
 
 

@@ -42,6 +42,7 @@ def default_config() -> ConfigDict:
     c.model.name = config_dict.placeholder(str)  # one of aaconv.models.list_models()
     c.model.kappa = config_dict.placeholder(float)  # key depth / features (paper, 3.2)
     c.model.upsilon = config_dict.placeholder(float)  # value depth / features
+    c.model.attention_ratio = config_dict.placeholder(float)  # kappa and upsilon alike, instead of both
     c.model.num_heads = config_dict.placeholder(int)  # N_h
     c.model.min_key_depth = config_dict.placeholder(int)  # channels a head, at least
     c.model.stages = config_dict.placeholder(tuple)  # augmented stages, from 1

@@ -90,7 +90,7 @@ def test_steps_in_the_place_of_epochs(write):
         ("kappa=0.2", "did you mean 'model.kappa'"),
         ("batchsize=2", "did you mean 'batch_size'"),
         ("xyzzy=2", "`aaconv show --config FILE` lists the keys"),
-        ("model=2", "is a group of keys: set one of model.depth, model.dropout, model.extent"),
+        ("model=2", "is a group of keys: set one of model.attention_ratio, model.depth, model.dropout"),
         ("batch_size", "has no value: write batch_size=VALUE"),
         ("batch_size=2.5", "batch_size=2.5 in the command line is a float: it must be a whole number"),
         ("batch_size=many", "batch_size='many' in the command line is a str: it must be a whole number"),

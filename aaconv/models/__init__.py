@@ -13,8 +13,8 @@ from typing import Any
 from flax import linen as nn
 
 from aaconv.errors import close_matches
-from aaconv.models.mnasnet import MnasNet as MnasNet, mnasnet
 from aaconv.models.botnet import botnet
+from aaconv.models.mnasnet import MnasNet as MnasNet, mnasnet
 from aaconv.models.resnet import ResNet as ResNet, resnet
 from aaconv.models.wide_resnet import WideResNet as WideResNet, wide_resnet
 
@@ -45,8 +45,8 @@ class Entry:
 
 
 ATTENTION = (
-    "kappa upsilon num_heads min_key_depth stages pooled_stages position_encoding larger_maps strided_attention "
-    "implementation"
+    "kappa upsilon attention_ratio num_heads min_key_depth stages pooled_stages position_encoding larger_maps "
+    "strided_attention implementation"
 ).split()
 """The arguments that only the augmented networks take."""
 
@@ -159,6 +159,12 @@ def create(name: str, **overrides: Any) -> nn.Module:
                     f"{argument}={overrides[argument]!r}: {name} is {what}; use {instead}, or leave {argument} out "
                     "(None in a config)"
                 )
+        ratio = overrides.get("attention_ratio")
+        if argument in ("kappa", "upsilon") and ratio is not None:
+            raise ValueError(
+                f"{argument}={overrides[argument]!r} and attention_ratio={ratio!r}: the ratio sets kappa and upsilon; "
+                f"leave {argument} out (None in a config)"
+            )
         if argument not in known:
             raise ValueError(
                 f"{name} has no argument {argument!r}{close_matches(argument, known)}; known: {', '.join(known)}"

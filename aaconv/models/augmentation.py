@@ -24,6 +24,7 @@ def stage_convs(
     *,
     kappa: float = 0.0,
     upsilon: float = 0.0,
+    attention_ratio: float | None = None,
     num_heads: int = 8,
     stages: Sequence[int],
     pooled_stages: Sequence[int] = (),
@@ -34,6 +35,7 @@ def stage_convs(
     Args:
       num_stages: stages of the network, counted from 1.
       kappa, upsilon, num_heads: as in `aaconv.AAConv`; ``upsilon=0`` augments nothing.
+      attention_ratio: kappa and upsilon alike, in the place of both.
       stages: the stages that are augmented.
       pooled_stages: those of them that attend at half their resolution.
       **attention: further arguments of `aaconv.AAConv`.
@@ -41,6 +43,12 @@ def stage_convs(
     Raises:
       ValueError: a stage that does not exist, or a pooled stage that is not augmented.
     """
+    if attention_ratio is not None:
+        if not 0 <= attention_ratio <= 1:
+            raise ValueError(
+                f"attention_ratio={attention_ratio} must lie between 0 (a plain network) and 1 (attention only)"
+            )
+        kappa = upsilon = attention_ratio
     if not 0 <= upsilon <= 1:
         raise ValueError(f"upsilon={upsilon} must lie between 0 (a plain network) and 1 (attention only)")
     if kappa < 0:

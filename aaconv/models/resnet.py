@@ -173,6 +173,7 @@ def resnet(
     width: int = 64,
     kappa: float = 0.0,
     upsilon: float = 0.0,
+    attention_ratio: float | None = None,
     num_heads: int = 8,
     min_key_depth: int = 20,
     stages: Sequence[int] = (2, 3, 4),
@@ -209,6 +210,7 @@ def resnet(
       width: channels of the stem.
       kappa, upsilon, num_heads, min_key_depth, position_encoding, larger_maps, strided_attention,
         implementation: as in `aaconv.AAConv`; ``upsilon=0`` is the plain network.
+      attention_ratio: kappa and upsilon alike, instead of both (figure 4): 0 is the plain network, 1 attends only.
       stages: augmented stages, 1 to 4.
       pooled_stages: augmented stages that attend at half their resolution; None: stage 2, if it is augmented.
       recalibration: ``none``; ``se``, ``ge`` or ``cbam``: a layer on the residual branch of every block; ``bam``: one
@@ -242,6 +244,7 @@ def resnet(
             len(sizes),
             kappa=kappa,
             upsilon=upsilon,
+            attention_ratio=attention_ratio,
             num_heads=num_heads,
             min_key_depth=min_key_depth,
             stages=stages,

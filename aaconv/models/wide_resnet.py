@@ -137,6 +137,7 @@ def wide_resnet(
     num_classes: int = 100,
     kappa: float = 0.0,
     upsilon: float = 0.0,
+    attention_ratio: float | None = None,
     num_heads: int = 8,
     min_key_depth: int = 20,
     stages: Sequence[int] = (1, 2, 3),
@@ -169,6 +170,7 @@ def wide_resnet(
       num_classes: logits.
       kappa, upsilon, num_heads, min_key_depth, position_encoding, larger_maps, strided_attention,
         implementation: as in `aaconv.AAConv`; ``upsilon=0`` is the plain network.
+      attention_ratio: kappa and upsilon alike, instead of both: 0 is the plain network, 1 attends only.
       stages: augmented stages, 1 to 3.
       pooled_stages: augmented stages that attend at half their resolution.
       shortcut: ``pad`` or ``projection``.
@@ -209,6 +211,7 @@ def wide_resnet(
             3,
             kappa=kappa,
             upsilon=upsilon,
+            attention_ratio=attention_ratio,
             num_heads=num_heads,
             min_key_depth=min_key_depth,
             stages=stages,

@@ -8,40 +8,16 @@ results.csv and the picture to curves.png, beside this file.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import statistics
+import sys
 from pathlib import Path
 
-from aaconv import config as config_lib, train
-
 HERE = Path(__file__).resolve().parent
-CONFIG = HERE.parents[1] / "configs" / "cifar100_small.py"
+sys.path.insert(0, str(HERE.parent))
+
+import seeds  # noqa: E402
+
 NETWORKS = ("plain", "aa")
-SEEDS = (0, 1, 2)
-METRICS = ("eval/accuracy", "eval/top5", "eval/loss", "train/accuracy", "train/loss")
-
-
-def run_all(workdir: Path, overrides: list[str]) -> list[dict]:
-    results = []
-    for seed in SEEDS:
-        for network in NETWORKS:
-            config = config_lib.load(f"{CONFIG}:{network}", [f"seed={seed}", *overrides])
-            metrics = train.train(config, workdir / f"{network}_seed{seed}")
-            results.append({"network": network, "seed": seed, **{name: metrics.get(name) for name in METRICS}})
-    return results
-
-
-def write_table(results: list[dict], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, results[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(results)
-    for network in NETWORKS:
-        for name in ("eval/accuracy", "eval/top5"):
-            values = [100 * r[name] for r in results if r["network"] == network]
-            print(f"{network:6} {name:14} mean {statistics.mean(values):.2f}  deviation {statistics.stdev(values):.2f}")
 
 
 def draw_curves(workdir: Path, path: Path) -> None:
@@ -52,7 +28,7 @@ def draw_curves(workdir: Path, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for network, colour in zip(NETWORKS, ("#666666", "#c0392b"), strict=True):
-        for seed in SEEDS:
+        for seed in seeds.SEEDS:
             lines = (workdir / f"{network}_seed{seed}" / "metrics.jsonl").read_text().splitlines()
             rows = [json.loads(line) for line in lines]
             label = {"plain": "WRN-10-1", "aa": "AA-WRN-10-1"}[network] if seed == 0 else None
@@ -71,16 +47,16 @@ def draw_curves(workdir: Path, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for results.csv and curves.png")
-    parser.add_argument("overrides", nargs="*", help="config overrides for every run, e.g. num_epochs=20.0")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = run_all(args.workdir, args.overrides)
-    write_table(results, args.out / "results.csv")
-    draw_curves(args.workdir, args.out / "curves.png")
-    print(f"wrote {args.out / 'results.csv'} and {args.out / 'curves.png'}")
+    arguments = seeds.parse(__doc__, HERE)
+    variants: dict[str, seeds.Variant] = {network: (f"cifar100_small.py:{network}", []) for network in NETWORKS}
+    results = seeds.run_all(variants, arguments)
+    seeds.write(results, arguments.out / "results.csv")
+    draw_curves(arguments.workdir, arguments.out / "curves.png")
+    print(f"written {arguments.out / 'results.csv'} and {arguments.out / 'curves.png'}\n")
+    print("| network | top-1 | top-5 |\n|---|---:|---:|")
+    for network in NETWORKS:
+        cells = (seeds.percent(results, network, f"eval/{metric}") for metric in ("accuracy", "top5"))
+        print(f"| {network} | {' | '.join(map(seeds.spoken, cells))} |")
 
 
 if __name__ == "__main__":

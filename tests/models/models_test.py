@@ -194,6 +194,14 @@ def test_the_choice_of_stages_pooling_and_encoding():
     assert {a.value_depth for a in summary.attention} == {32}
 
 
+@pytest.mark.parametrize("name,size", [("aa_resnet50", 224), ("aa_wrn_28_10", 32)])
+def test_the_attention_ratio_is_kappa_and_upsilon(name, size):
+    by_ratio = summarise(aaconv.create(name, attention_ratio=0.5), (size, size, 3))
+    assert by_ratio == summarise(aaconv.create(name, kappa=0.5, upsilon=0.5), (size, size, 3))
+    plain = summarise(aaconv.create(name.removeprefix("aa_")), (size, size, 3))
+    assert summarise(aaconv.create(name, attention_ratio=0.0), (size, size, 3)) == plain
+
+
 def test_an_augmented_network_without_attention_is_the_plain_one():
     plain = summarise(aaconv.create("resnet50"), (224, 224, 3))
     assert plain.attention == ()
@@ -225,6 +233,13 @@ WRONG_NAMES = [
     ("aa_resnet50", dict(kapa=0.2), "resnet50 has no argument 'kapa'; did you mean 'kappa'"),
     ("wrn_28_10", dict(width=4), r"width=4 is already set by the name 'wrn_28_10'; use wrn with depth="),
     ("aa_resnet50", dict(upsilon=1.5), "upsilon=1.5 must lie between 0"),
+    ("aa_resnet50", dict(attention_ratio=1.5), "attention_ratio=1.5 must lie between 0"),
+    (
+        "aa_resnet50",
+        dict(attention_ratio=0.5, kappa=0.5),
+        "kappa=0.5 and attention_ratio=0.5: the ratio sets",
+    ),
+    ("resnet50", dict(attention_ratio=0.5), "attention_ratio=0.5: resnet50 is the plain network; use aa_resnet50"),
     ("aa_resnet50", dict(kappa=-0.5), "kappa=-0.5 must not be negative"),
     ("aa_resnet50", dict(num_heads=0), "num_heads=0 must be at least 1"),
     ("aa_resnet50", dict(stages=(3, 5)), r"stages=\(3, 5\): this network has stages 1 to 4, not 5"),
