@@ -22,6 +22,18 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 Variant = tuple[str, Sequence[str]]  # a config file with its argument, and overrides
 
+# The digits, a fifth of the training images to train and all the others to test: with more, every network is right.
+FEW_DIGITS: Variant = (
+    "digits.py",
+    [
+        "data.train_split=train[:20%]",
+        "data.eval_split=train[20%:]+test",
+        "num_epochs=120.0",
+        "eval_every_epochs=120.0",
+        "checkpoint.every_epochs=120.0",
+    ],
+)
+
 
 def parse(description: str | None, here: Path) -> argparse.Namespace:
     """Reads the flags that every experiment takes."""
@@ -29,12 +41,20 @@ def parse(description: str | None, here: Path) -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--out", type=Path, default=here, help="folder for the table and the picture")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the processors")
+    parser.add_argument(
+        "--config", help="another config of configs/, with its argument, e.g. cifar100_small.py:aa", metavar="NAME"
+    )
     parser.add_argument("overrides", nargs="*", help="config overrides for every run, e.g. num_epochs=20.0")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs} must be at least 1")
     arguments.out.mkdir(parents=True, exist_ok=True)
     return arguments
+
+
+def base(arguments: argparse.Namespace, default: Variant) -> Variant:
+    """What all variants start from: the experiment's own config, or the one that was named."""
+    return (arguments.config, []) if arguments.config else default
 
 
 def run_all(variants: Mapping[str, Variant], arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """Attention ratio kappa = upsilon from 0 to 1, with and without relative positions: the form of the paper's figure 4.
 
-COMMAND: python experiments/attention_ratio/run.py --workdir runs/attention_ratio --jobs 2
+COMMAND: python experiments/attention_ratio/run.py --workdir runs/ratio --jobs 2
 
-CIFAR-100 on a narrow Wide-ResNet, three seeds, from configs/cifar100_small.py. The table goes to results.csv and the
-picture to attention_ratio.png, beside this file; the table is printed last. experiments/position_encodings takes the
-runs that it shares from the same --workdir.
+A narrow Wide-ResNet, three seeds, on a few of the digits, or with `--config cifar100_small.py:aa` on CIFAR-100. The
+table goes to results.csv and the picture to attention_ratio.png, beside this file; the table is printed last.
+experiments/position_encodings takes the runs that it shares from the same --workdir.
 """
 
 from __future__ import annotations
@@ -27,17 +27,15 @@ def name(ratio: float, encoding: str) -> str:
     return f"ratio{ratio:g}_{encoding}" if ratio else "plain"
 
 
-def variants() -> dict[str, seeds.Variant]:
-    found: dict[str, seeds.Variant] = {name(0.0, ""): ("cifar100_small.py:plain", [])}
-    for encoding in ENCODINGS:
-        for ratio in RATIOS[1:]:
-            found[name(ratio, encoding)] = variant(ratio, encoding)
+def variants(base: seeds.Variant) -> dict[str, seeds.Variant]:
+    config, overrides = base
+    found: dict[str, seeds.Variant] = {}
+    for ratio in RATIOS:
+        for encoding in ENCODINGS:
+            settings = ["model.kappa=None", "model.upsilon=None", f"model.attention_ratio={ratio}"]
+            settings.append(f"model.position_encoding={encoding}")
+            found.setdefault(name(ratio, encoding), (config, [*overrides, *settings]))
     return found
-
-
-def variant(ratio: float, encoding: str) -> seeds.Variant:
-    settings = ["model.kappa=None", "model.upsilon=None", f"model.attention_ratio={ratio}"]
-    return "cifar100_small.py:aa", [*settings, f"model.position_encoding={encoding}"]
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -49,7 +47,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw(results: Sequence[Mapping[str, Any]], path: Path, images: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +59,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "capsize": 3}
         axes.errorbar(RATIOS, means, deviations, label=ENCODINGS[encoding], **style)
     axes.set(xlabel="attention ratio, kappa = upsilon", xticks=RATIOS)
-    axes.set_title("top-1 on the 10,000 test images of CIFAR-100, %", fontsize=10, loc="left")
+    axes.set_title(f"top-1 on {images}, %", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -71,9 +69,9 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     arguments = seeds.parse(__doc__, HERE)
-    results = seeds.run_all(variants(), arguments)
+    results = seeds.run_all(variants(seeds.base(arguments, seeds.FEW_DIGITS)), arguments)
     seeds.write(results, arguments.out / "results.csv")
-    draw(results, arguments.out / "attention_ratio.png")
+    draw(results, arguments.out / "attention_ratio.png", arguments.config or "1,510 digits")
     print(f"written {arguments.out / 'results.csv'} and {arguments.out / 'attention_ratio.png'}\n")
     print(table(results))
 

@@ -1,10 +1,10 @@
 """Position encodings of an augmented network, in the form of the paper's table: none, sines, CoordConv, relative.
 
-COMMAND: python experiments/position_encodings/run.py --workdir runs/attention_ratio --jobs 2
+COMMAND: python experiments/position_encodings/run.py --workdir runs/ratio --jobs 2
 
-CIFAR-100 on a narrow Wide-ResNet with kappa = upsilon = 0.25, three seeds, from configs/cifar100_small.py. The table
-goes to results.csv beside this file and is printed last. In the --workdir of experiments/attention_ratio the runs
-without and with relative positions are there already.
+A narrow Wide-ResNet with kappa = upsilon = 0.25, three seeds, on a few of the digits, or with
+`--config cifar100_small.py:aa` on CIFAR-100. The table goes to results.csv beside this file and is printed last. In the
+--workdir of experiments/attention_ratio the runs without and with relative positions are there already.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ RATIO = 0.25
 
 def main() -> None:
     arguments = seeds.parse(__doc__, HERE)
-    settings = ["model.kappa=None", "model.upsilon=None", f"model.attention_ratio={RATIO}"]
+    config, overrides = seeds.base(arguments, seeds.FEW_DIGITS)
+    settings = [*overrides, "model.kappa=None", "model.upsilon=None", f"model.attention_ratio={RATIO}"]
     variants: dict[str, seeds.Variant] = {
-        f"ratio{RATIO:g}_{name}": ("cifar100_small.py:aa", [*settings, f"model.position_encoding={name}"])
-        for name in ENCODINGS
+        f"ratio{RATIO:g}_{name}": (config, [*settings, f"model.position_encoding={name}"]) for name in ENCODINGS
     }
     results = seeds.run_all(variants, arguments)
     seeds.write(results, arguments.out / "results.csv")
