@@ -15,7 +15,7 @@ from jax import lax
 
 from aaconv.ops import blockwise, relative
 from aaconv.ops.blocks import BlockSizes
-from aaconv.ops.choice import check_name, choose_implementation, platform_of
+from aaconv.ops.choice import check_name, choose_implementation, device_of
 
 
 def relative_attention(
@@ -74,7 +74,7 @@ def relative_attention(
     rel = check_inputs(q, k, v, rel, spatial_ndim)
     if not isinstance(block_sizes, BlockSizes | None):
         raise ValueError(f"block_sizes={block_sizes!r} must be a BlockSizes, such as BlockSizes(query=128), or None")
-    platform = platform_of(q)
+    platform, device_kind = device_of(q)
     name = choose_implementation(
         q.shape,
         v.shape[-1],
@@ -83,6 +83,7 @@ def relative_attention(
         positions=rel is not None,
         implementation=implementation,
         platform=platform,
+        device_kind=device_kind,
         precision=precision,
     ).implementation
     if implementation is not None and block_sizes is not None:

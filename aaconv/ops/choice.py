@@ -43,6 +43,7 @@ def choose_implementation(
     positions: bool = True,
     implementation: str | None = None,
     platform: str | None = None,
+    device_kind: str | None = None,
     precision: lax.PrecisionLike = None,
 ) -> Choice:
     """The implementation that `relative_attention` runs.
@@ -67,6 +68,8 @@ def choose_implementation(
       positions: whether there are tables.
       implementation: a name that was asked for.
       platform: ``cpu``, ``tpu``, ``cuda``...; None for the one jax runs on.
+      device_kind: as of `jax.Device`, e.g. ``TPU v4``; None for that of the devices jax runs on, where the platform is
+        theirs, and else any.
       precision: of the matrix products.
 
     Raises:
@@ -77,8 +80,12 @@ def choose_implementation(
       >>> choose_implementation((28, 28, 8, 20), 4, "float32", platform="cpu").implementation
       'blockwise'
     """
-    platform = platform or platform_of(None)
+    here = device_of(None)
+    platform = platform or here[0]
+    if device_kind is None:
+        device_kind = here[1] if platform == here[0] else ""
     problem: dict[str, Any] = {
+        "device_kind": device_kind,
         "e": e,
         "dtype": jnp.dtype(dtype),
         "spatial_ndim": spatial_ndim,
@@ -119,6 +126,7 @@ def reason_not(
     spatial_ndim: int,
     positions: bool,
     platform: str,
+    device_kind: str = "",
     precision: lax.PrecisionLike = None,
 ) -> str | None:
     """Says why the named implementation cannot serve a problem on a platform, or returns None if it can."""
@@ -135,32 +143,37 @@ def reason_not(
         from aaconv.ops import pallas_tpu
 
         return pallas_tpu.reason_not(
-            shape, e, dtype, spatial_ndim=spatial_ndim, positions=positions, precision=precision
+            shape,
+            e,
+            dtype,
+            spatial_ndim=spatial_ndim,
+            positions=positions,
+            precision=precision,
+            device_kind=device_kind if implementation == "pallas_tpu" else "",
         )
     return None
 
 
-def platform_of(x: jax.Array | None) -> str:
-    """The platform that a computation on ``x`` will run on, as far as can be told while tracing.
+def device_of(x: jax.Array | None) -> tuple[str, str]:
+    """Platform and kind of the devices that a computation on ``x`` will run on, as far as can be told while tracing.
 
     The mesh that ``x`` lives on says it, also ahead of time for devices that are not here; else the
-    device of an array, the default device or the default backend.
+    device of an array, the default device or the default backend. The kind is that of `jax.Device`, "" if not known.
     """
     meshes = [jax.sharding.get_abstract_mesh()]
     if x is not None:
         meshes.insert(0, jax.typeof(x).sharding.mesh)
     for mesh in meshes:
         device = getattr(mesh, "abstract_device", None)
-        platform = getattr(device, "platform", None)
-        if platform:
-            return _plain(platform)
+        if getattr(device, "platform", None):
+            return _named(device)
     if x is not None and not isinstance(x, core.Tracer) and hasattr(x, "devices"):
-        return _plain(next(iter(x.devices())).platform)
+        return _named(next(iter(x.devices())))
     default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if default is not None:
-        return _plain(default if isinstance(default, str) else default.platform)
-    return _plain(jax.default_backend())
+    if default is None:
+        default = jax.default_backend()
+    return _named(jax.local_devices(backend=default)[0] if isinstance(default, str) else default)
 
 
-def _plain(platform: str) -> str:
-    return {"gpu": "cuda"}.get(platform, platform)
+def _named(device: Any) -> tuple[str, str]:
+    return {"gpu": "cuda"}.get(device.platform, device.platform), device.device_kind

@@ -46,13 +46,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from aaconv.ops import mesh
 from aaconv.ops.blocks import BlockSizes
+from aaconv.ops.choice import device_of
 
 LANES, SUBLANES = 128, 8
 LONGEST_BLOCK = 1024
 """Queries and keys in a tile at most: its logits in float32, twice and more, have to fit into VMEM."""
 
-VMEM_BYTES = 100 * 2**20
-"""What the kernels may take of a core's VMEM: 128 MiB on v5e and v6e. A v4 has 16 MiB: enough at 56x56."""
+VMEM_BYTES = {"TPU v2": 24 * 2**20, "TPU v3": 24 * 2**20, "TPU v4": 24 * 2**20, "TPU v5": 64 * 2**20}
+"""What the kernels may take of a core's VMEM by their own reckoning (`_Plan.vmem`), by `jax.Device.device_kind`.
+
+It is about half as much again as what the compiler takes, which on a v4 has 16 MiB and on a v5p 64. Compiled for them
+(libtpu 0.0.52): 32x32 with depths of 128, reckoned 25.0 MiB, fits a v4, 64x64 with depths of 64, 34.5 MiB, does not;
+112x112 with depths of 64, 63.3 MiB, fits a v5p, 160x160 with depths of 32, 76.9 MiB, does not."""
+
+VMEM_BYTES_ELSEWHERE = 100 * 2**20
+"""On v5e, v6e and later, which have 128 MiB."""
 
 _MASKED = -1e30  # the logit of a key that pads the last block; finite, so that no 0 * inf can arise
 _NN, _NT = ((1,), (0,)), ((1,), (1,))  # which dimensions a product contracts: a @ b, and a @ b.T
@@ -108,13 +116,20 @@ def attend(
         scale = 1.0
     if interpret and jax.typeof(q).manual_axis_type.varying:
         raise NotImplementedError("pallas_tpu in interpret mode inside jax.shard_map needs check_vma=False there")
+    device_kind = "" if interpret else device_of(q)[1]
     problem = {"spatial_ndim": spatial_ndim, "positions": rel is not None, "blocks": blocks, "precision": precision}
-    reason = reason_not(q.shape, v.shape[-1], q.dtype, **problem)
+    reason = reason_not(q.shape, v.shape[-1], q.dtype, **problem, device_kind=device_kind)
     if reason is not None:
         raise NotImplementedError(f"pallas_tpu cannot serve: {reason}")
     space = tuple(q.shape[-2 - spatial_ndim : -2])
     plan = _plan(space, q.shape[-1], v.shape[-1], q.dtype, rel is not None, blocks)
-    plan = dataclasses.replace(plan, scale=float(scale), precision=_precision(q.dtype, precision), interpret=interpret)
+    plan = dataclasses.replace(
+        plan,
+        limit=_limit(device_kind),
+        scale=float(scale),
+        precision=_precision(q.dtype, precision),
+        interpret=interpret,
+    )
     tables = () if rel is None else tuple(table.astype(q.dtype) for table in rel)
     if 0 in v.shape:
         return jnp.zeros_like(v)
@@ -132,6 +147,7 @@ def reason_not(
     positions: bool = True,
     blocks: BlockSizes | None = None,
     precision: lax.PrecisionLike = None,
+    device_kind: str = "",
 ) -> str | None:
     """Says why the kernels cannot serve queries of a shape and dtype, or returns None if they can.
 
@@ -142,6 +158,7 @@ def reason_not(
       spatial_ndim: number of spatial axes.
       positions: whether there are tables.
       blocks, precision: as in `attend`.
+      device_kind: a key of `VMEM_BYTES`, or any other.
 
     Raises:
       ValueError: a block size is not a multiple of what the hardware needs.
@@ -158,10 +175,11 @@ def reason_not(
         return str(error)
     space = tuple(shape[-2 - spatial_ndim : -2])
     plan = _plan(space, shape[-1], e, dtype, positions, blocks)
-    if plan.vmem(1) > VMEM_BYTES:
+    limit = _limit(device_kind)
+    if plan.vmem(1) > limit:
         return (
             f"it holds the whole map of a head in VMEM, and {'x'.join(map(str, space))} with depths {shape[-1]} and "
-            f"{e} in {plan.dtype} takes about {plan.vmem(1) / 2**20:.0f} MiB of {VMEM_BYTES / 2**20:.0f}; "
+            f"{e} in {plan.dtype} takes about {plan.vmem(1) / 2**20:.0f} MiB of {limit / 2**20:.0f}; "
             "pool before attending, or take 'blockwise'"
         )
     return None
@@ -233,6 +251,7 @@ class _Plan:
     positions: bool
     query: int
     key: int
+    limit: int = VMEM_BYTES_ELSEWHERE
     scale: float = 1.0
     precision: lax.Precision | None = None
     interpret: bool = False
@@ -307,7 +326,8 @@ class _Plan:
     def maps_a_step(self, count: int) -> int:
         """How many of `count` maps a step of the grid takes: small maps together, to be worth a step."""
         want = max(1, min(16, 2**20 // (self.lanes * self.key * self.key_blocks)))
-        return max(m for m in range(1, want + 1) if count % m == 0)
+        fits = lambda m: m == 1 or self.vmem(m) <= self.limit // 2
+        return max(m for m in range(1, want + 1) if count % m == 0 and fits(m))
 
     def vmem(self, maps: int) -> int:
         """Bytes of VMEM the backward kernel takes, about: blocks twice, scratch, and the tile's values."""
@@ -320,6 +340,10 @@ class _Plan:
         scratch += 8 * (self.fixed + self.lines) * self.query
         tables = 2 * 2 * self.offsets[-1] * max(LANES, _up(self.d, LANES)) * 4
         return blocks + scratch + tables + 4 * 4 * _up(self.key, SUBLANES) * self.query
+
+
+def _limit(device_kind: str) -> int:
+    return VMEM_BYTES.get(device_kind, VMEM_BYTES_ELSEWHERE)
 
 
 def _up(x: int, multiple: int) -> int:

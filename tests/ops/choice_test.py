@@ -36,6 +36,14 @@ def test_on_a_tpu_a_map_that_does_not_fit_the_kernel_goes_block_by_block():
     assert "VMEM" in choice.reason
 
 
+@pytest.mark.parametrize("kind,implementation", [("TPU v4", "blockwise"), ("TPU v5 lite", "pallas_tpu")])
+def test_on_a_tpu_with_little_vmem_large_maps_go_block_by_block(kind, implementation):
+    choice = ops.choose_implementation((64, 64, 8, 64), 64, jnp.bfloat16, platform="tpu", device_kind=kind)
+    assert choice.implementation == implementation
+    small = ops.choose_implementation(SHAPE, 8, jnp.bfloat16, platform="tpu", device_kind=kind)
+    assert small.implementation == "pallas_tpu"
+
+
 def test_on_a_tpu_a_precision_that_the_kernel_does_not_know_goes_block_by_block():
     choice = ops.choose_implementation(SHAPE, 4, jnp.float32, platform="tpu", precision="F32_F32_F32")
     assert choice.implementation == "blockwise"

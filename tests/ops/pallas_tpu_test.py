@@ -243,7 +243,12 @@ AHEAD_OF_TIME = """
 
 
 def compile_ahead(chip, devices, *sizes):
-    """Compiles the gradient of all five inputs, B 128, n 8, d 20, e 8, bfloat16, in a process of its own."""
+    """Compiles the gradient of all five inputs, B 128, n 8, d 20, e 8, bfloat16."""
+    return [json.loads(line) for line in run_ahead(AHEAD_OF_TIME, chip, devices, *sizes)]
+
+
+def run_ahead(program, *arguments):
+    """Runs a program that compiles for TPUs in a process of its own; gives the lines of its output."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -252,10 +257,37 @@ def compile_ahead(chip, devices, *sizes):
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-c", textwrap.dedent(AHEAD_OF_TIME), chip, str(devices), *map(str, sizes)]
+    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.stdout.splitlines()
+
+
+ON_SMALL_CHIPS = """
+    import sys
+    import jax, jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+    from aaconv import ops
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
+    mesh = Mesh(np.array(topology.devices[:1]), ("data",), axis_types=(AxisType.Auto,))
+    for size, depth, dtype in (14, 128, jnp.float32), (28, 20, jnp.bfloat16), (64, 64, jnp.bfloat16):
+        of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        q, table = of(2, size, size, 8, depth), of(2 * size - 1, depth)
+        loss = lambda q, k, v, *rel: ops.relative_attention(q, k, v, rel).sum()
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            traced = jax.jit(jax.grad(loss, range(5))).trace(q, q, q, table, table)
+        program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+        print(size, program.count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+@pytest.mark.parametrize("chip,kernels", [("v4:2x2x1", [2, 2, 0]), ("v5p:2x2x1", [2, 2, 2])])
+def test_the_default_compiles_for_chips_with_less_vmem(chip, kernels):
+    found = run_ahead(ON_SMALL_CHIPS, chip)
+    assert [line.split() for line in found] == [[str(s), str(n)] for s, n in zip((14, 28, 64), kernels, strict=True)]
 
 
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
