@@ -67,12 +67,10 @@ _MNASNET = "Tan et al. 2019"
 _BOTNET = "Srinivas et al. 2021"
 
 
-def _wide_resnet(depth: int | None = None, width: int | None = None, *, augmented: bool = False) -> Entry:
-    build: Callable[..., nn.Module] = wide_resnet if depth is None else partial(wide_resnet, depth, width)
-    if augmented:
-        build = partial(build, **_PAPER)
-    fixed = frozenset() if depth is None else frozenset({"depth", "width"})
-    return Entry(build, _AA if augmented else _WRN, 32, augmented, fixed)
+def _wide_resnet(*sizes: int, augmented: bool = False) -> Entry:
+    """Of a depth and a width, or of any."""
+    build = partial(wide_resnet, *sizes, **(_PAPER if augmented else {}))
+    return Entry(build, _AA if augmented else _WRN, 32, augmented, frozenset({"depth", "width"} if sizes else ()))
 
 
 def _resnet(depth: int, **arguments: Any) -> Entry:

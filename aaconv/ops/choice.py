@@ -176,4 +176,5 @@ def device_of(x: jax.Array | None) -> tuple[str, str]:
 
 
 def _named(device: Any) -> tuple[str, str]:
-    return {"gpu": "cuda"}.get(device.platform, device.platform), device.device_kind
+    platform = str(device.platform)
+    return {"gpu": "cuda"}.get(platform, platform), str(device.device_kind)
