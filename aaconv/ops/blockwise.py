@@ -19,6 +19,13 @@ where the sum over the tables needs only the sums of :math:`t` over key columns 
 A block is some lines of the map, along the shorter of its last two axes. Of the table of the axis across them
 it needs a window of ``size + lines - 1`` rows, which moves by one from line to line (`_skew`).
 
+The softmax is shifted by each query's largest logit, so that no exponential overflows, and finding it takes a pass
+over the tile. On a CPU it is shifted by a bound instead, which takes none,
+
+.. math:: |q_i| \max_j |k_j| + \max_y b^H_{i, y} + \max_x b^W_{i, x}
+
+and a block whose weights then vanish is computed again with the maximum (`LEAST`).
+
 A tile of the map is held as ``(b, n, *keys, queries)``, queries last: the sums over keys then run over
 whole vectors of queries, and the products with the short depths are as wide as a line. That order, not
 the blocks alone, is what makes it fast on a CPU.
@@ -139,7 +146,6 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
 
     def group(_, xs):
         q, k, v1 = xs
-
         longest_key = jnp.sqrt(jnp.max(jnp.sum(jnp.square(k), -1), -1))
 
         def block(_, xs):
