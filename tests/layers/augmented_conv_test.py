@@ -356,7 +356,8 @@ def test_attention_maps_are_captured_only_on_request():
     plain = jax.jit(layer.apply).lower(variables, x).compile()
     asked = jax.jit(partial(layer.apply, mutable=["intermediates"])).lower(variables, x).compile()
     assert plain.memory_analysis().output_size_in_bytes < asked.memory_analysis().output_size_in_bytes
-    assert str(jax.make_jaxpr(layer.apply)(variables, x)).count(" exp ") == 1
+    exponentials = lambda f: str(jax.make_jaxpr(f)(variables, x)).count(" exp ")
+    assert exponentials(partial(layer.apply, mutable=["intermediates"])) == exponentials(layer.apply) + 1
 
 
 @pytest.mark.parametrize("size", [(8, 6), (9, 7), (1, 2)], ids=str)
