@@ -736,7 +736,10 @@ def _show(arguments: argparse.Namespace) -> int:
         else f"not prepared here; `aaconv prepare {info.name}` does that"
     )
     console.print()
-    console.print(Text(f"{config.model.name} for {h}x{w}x{c} images, {info.num_classes} classes", style="bold"))
+    kind = config.model.recalibration
+    rescaled = f", blocks rescaled by {kind}," if kind not in (None, "none") else ""
+    what = f"{config.model.name}{rescaled} for {h}x{w}x{c} images, {info.num_classes} classes"
+    console.print(Text(what, style="bold"))
     console.print(Text(f"data set {info.name}: {images}"))
     console.print()
     stages = _table("stage", "output", "parameters", "share", "MFLOPs", "share")
@@ -757,7 +760,7 @@ def _show(arguments: argparse.Namespace) -> int:
         console.print(layers)
     console.print()
     if not summary.attention:
-        console.print(Text("nothing attends: upsilon is 0"))
+        console.print(Text("nothing attends"))
         return OK
     attention = _table(
         "attends", "in", "over", "out", "heads", "key", "value", "conv", "positions", "maps (MB)", text=4

@@ -227,6 +227,6 @@ def describe(run: Plan) -> str:
     epochs = run.epoch(run.total_steps)
     text = f"{epochs:.0f}" if math.isclose(epochs, round(epochs)) else f"{epochs:.2f}"
     return (
-        f"{run.total_steps} steps ({text} epochs of {run.steps_per_epoch}), "
+        f"{run.total_steps} steps ({text} epochs of {run.steps_per_epoch} steps), "
         f"{run.schedule.name} schedule, peak learning rate {run.peak:g}{warmup}"
     )

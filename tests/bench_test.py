@@ -82,6 +82,13 @@ def test_what_needs_too_much_is_not_begun(bench, monkeypatch, limit, reason):
     assert all(row["reason"].startswith(reason) for row in rows)
 
 
+def test_inputs_beyond_any_machine_are_not_compiled(bench):
+    # XLA's arithmetic overflows somewhere there and ends the process.
+    code, out, _, rows = bench("attention", "--shape", "64,8,4096,4096,64,64", *OURS, "--memory-only")
+    assert code == cli.OK and "the inputs alone take 8,796 GB" in out
+    assert all(row["status"] == "too large" for row in rows)
+
+
 def test_a_single_size_makes_no_picture(bench, tmp_path):
     code, _, err, _ = bench("attention", *SHAPES[:2], *OURS, "--memory-only")
     assert code == cli.OK and "no picture: it shows how costs grow" in err

@@ -63,6 +63,8 @@ CHIPS = {
     "TPU v6 lite": Chip(1640e9, 918e12 / 2),
 }
 
+MOST_BYTES = 10**12  # of the inputs of what is compiled without being run
+
 _CHECKS = ("appended_codes", "pallas_tpu_interpret")  # there to check values: measured where they are asked for
 
 Note = Callable[[str], None]
@@ -310,8 +312,14 @@ def _account(row: Row, compiled: program.Compiled) -> None:
 def _compile_only(
     shape: Shape, dtype: str, names: Iterable[str], *, device: ahead.Device, limit: float | None, note: Note
 ) -> Iterable[Row]:
+    given = sum(map(math.prod, shape.arrays())) * jnp.dtype(dtype).itemsize
     for name in names:
         row = Row.of(shape, dtype, name)
+        if given > MOST_BYTES:  # XLA's arithmetic overflows somewhere above, and takes the process with it
+            row.skip("too large", f"the inputs alone take {given / 1e9:,.0f} GB")
+            row.required_bytes = given
+            yield row
+            continue
         note(f"compiling {name}")
         if name in TORCH_PEERS:
             row.skip("unavailable", "PyTorch compiles nothing whose memory could be read without running it")

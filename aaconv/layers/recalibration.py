@@ -159,8 +159,9 @@ class GatherExcite(nn.Module):
         if self.extent and (height % self.extent or width % self.extent):
             smaller = [2**i for i in range(1, self.extent.bit_length()) if not (height % 2**i or width % 2**i)]
             raise ValueError(
-                f"extent={self.extent} must divide the map of {height}x{width}: use extent="
-                f"{' or '.join(map(str, [*smaller, 0]))} there (0 is the whole map)"
+                f"extent={self.extent} must divide the map of {height}x{width}: that takes extent="
+                f"{' or '.join(map(str, [*smaller, 0]))} (0 is the whole map); use one that all stages "
+                "take, larger images, or leave the stage out (recalibration_stages)"
             )
         if self.form != "parameter_free" and not self.extent and self.has_variable("params", "conv1"):
             made_for = nn.meta.unbox(self.get_variable("params", "conv1")["kernel"]).shape[:2]

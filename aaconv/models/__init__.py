@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import inspect
+import numbers
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from aaconv.errors import close_matches
 from aaconv.models.botnet import botnet
 from aaconv.models.mnasnet import MnasNet as MnasNet, mnasnet
+from aaconv.models.recalibration import check_effect
 from aaconv.models.resnet import ResNet as ResNet, resnet
 from aaconv.models.wide_resnet import WideResNet as WideResNet, wide_resnet
 
@@ -31,7 +33,7 @@ class Entry:
       fixed: arguments that the name sets.
     """
 
-    build: Callable[..., nn.Module]
+    build: partial[Any]
     source: str
     image_size: int = 224
     augmented: bool = False
@@ -99,7 +101,7 @@ MODELS: dict[str, Entry] = {
         for kind in _RECALIBRATED
         for depth in (18, 34, 50, 101, 152)
     },
-    "mnasnet_a1": Entry(mnasnet, _MNASNET),
+    "mnasnet_a1": Entry(partial(mnasnet), _MNASNET),
     "aa_mnasnet_a1": Entry(partial(mnasnet, **_MOBILE), _AA, augmented=True),
     **{
         f"botnet{depth}": Entry(partial(botnet, depth), _BOTNET, augmented=True, fixed=frozenset({"depth"}))
@@ -121,11 +123,11 @@ def create(name: str, **overrides: Any) -> nn.Module:
     Args:
       name: one of `list_models`, or ``wrn_D_K``, ``aa_wrn_D_K``, ``se_wrn_D_K`` .. for a Wide-ResNet of depth D and
         width K.
-      **overrides: arguments of the family's builder, `aaconv.models.resnet.resnet` or
-        `aaconv.models.wide_resnet.wide_resnet`, e.g. ``num_classes``, ``kappa``, ``upsilon``, ``num_heads``,
-        ``stages``, ``pooled_stages``, ``position_encoding``, ``dtype``. Only the augmented networks (``aa_``) take
-        those that concern attention; with ``upsilon=0`` they are the plain ones. ``recalibration`` combines with
-        attention; ``se_resnet50`` is ``resnet50`` with ``recalibration="se"``.
+      **overrides: arguments of the family's builder (`resnet`, `wide_resnet`, `mnasnet` and `botnet` in
+        `aaconv.models`), e.g. ``num_classes``, ``kappa``, ``upsilon``, ``num_heads``, ``stages``, ``pooled_stages``,
+        ``position_encoding``, ``dtype``. Only networks that attend take those that concern attention; an ``aa_``
+        network with ``upsilon=0`` is the plain one. ``recalibration`` combines with attention; ``se_resnet50``
+        is ``resnet50`` with ``recalibration="se"``.
 
     Returns:
       A Flax module; ``module.apply(variables, images, train=False)`` gives logits.
@@ -139,6 +141,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
     """
     found = entry(name)
     known = found.arguments()
+    ratio = overrides.get("attention_ratio")
     for argument in overrides:
         if argument in found.fixed:
             other = ""
@@ -147,17 +150,11 @@ def create(name: str, **overrides: Any) -> nn.Module:
             elif "wrn" in name:
                 other = f"; use {name.partition('wrn')[0]}wrn with depth= and width="
             raise ValueError(f"{argument}={overrides[argument]!r} is already set by the name {name!r}{other}")
-        if argument in ATTENTION and not found.augmented:
-            kind, _, plain = name.partition("_")
-            what, instead = "the plain network", f"aa_{name}"
-            if kind in _RECALIBRATED:
-                what, instead = "not augmented", f"aa_{plain} with recalibration={kind!r}"
-            if instead.split()[0] in MODELS:
-                raise ValueError(
-                    f"{argument}={overrides[argument]!r}: {name} is {what}; use {instead}, or leave {argument} out "
-                    "(None in a config)"
-                )
-        ratio = overrides.get("attention_ratio")
+        if argument in ATTENTION and not found.augmented and (instead := _augmented(name)):
+            raise ValueError(
+                f"{argument}={overrides[argument]!r}: {name} does not attend; use {instead}, or leave {argument} out "
+                "(None in a config)"
+            )
         if argument in ("kappa", "upsilon") and ratio is not None:
             raise ValueError(
                 f"{argument}={overrides[argument]!r} and attention_ratio={ratio!r}: the ratio sets kappa and upsilon; "
@@ -167,7 +164,55 @@ def create(name: str, **overrides: Any) -> nn.Module:
             raise ValueError(
                 f"{name} has no argument {argument!r}{close_matches(argument, known)}; known: {', '.join(known)}"
             )
+        _check_type(argument, overrides[argument], known[argument].annotation)
+    kind = overrides.get("recalibration", found.build.keywords.get("recalibration", "none"))
+    check_effect(kind, [argument for argument in overrides if known[argument].default != overrides[argument]])
     return found.build(**overrides)
+
+
+_TYPES = {
+    "bool": (bool, "True or False"),
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "a name"),
+    "Sequence[int]": (tuple | list | range, "whole numbers, such as (2, 3)"),
+}
+
+
+def _check_type(argument: str, value: Any, annotation: str) -> None:
+    """Checks a value by the annotation of the builder's argument.
+
+    Raises:
+      ValueError: it is of another type.
+    """
+    if argument == "dtype":
+        try:
+            jnp.dtype(value)
+        except TypeError:
+            raise ValueError(f"dtype={value!r} is not a dtype: use float32 or bfloat16, for example") from None
+        return
+    kind, _, optional = annotation.partition(" | ")
+    if kind not in _TYPES or optional and value is None:
+        return
+    type_, words = _TYPES[kind]
+    members = value if kind == "Sequence[int]" and isinstance(value, tuple | list | range) else ()
+    if kind == "bool":
+        fits = type(value) is bool
+    else:
+        fits = isinstance(value, type_) and type(value) is not bool
+    if not fits or not all(isinstance(member, numbers.Integral) for member in members):
+        raise ValueError(f"{argument}={value!r} must be {words}{', or None' if optional else ''}")
+
+
+def _augmented(name: str) -> str:
+    """What to use instead of a network that does not attend; "" where there is nothing."""
+    kind, _, plain = name.partition("_")
+    instead = f"aa_{plain if kind in _RECALIBRATED else name}"
+    try:
+        entry(instead)
+    except ValueError:
+        return ""
+    return f"{instead} with recalibration={kind!r}" if kind in _RECALIBRATED else instead
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -186,6 +231,8 @@ def entry(name: str) -> Entry:
     Raises:
       ValueError: an unknown name; close ones are listed.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name={name!r} must be the name of a network, e.g. 'aa_resnet50'")
     if name in MODELS:
         return MODELS[name]
     match = re.fullmatch(rf"(?:(aa|{'|'.join(_RECALIBRATED)})_)?wrn_(\d+)_(\d+)", name)

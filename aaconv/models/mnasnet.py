@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,7 @@ from flax import linen as nn
 
 from aaconv.layers import SqueezeExcite
 from aaconv.models.augmentation import ModuleDef, check_images, check_sizes, conv_and_norm, stage_convs
-
-
-def as_it_is(**_: Any) -> Callable[[jax.Array], jax.Array]:
-    """Stands where a block recalibrates nothing; takes what `aaconv.layers.SqueezeExcite` takes."""
-    return lambda x: x
+from aaconv.models.recalibration import identity
 
 
 class SeparableBlock(nn.Module):
@@ -168,7 +164,7 @@ class MnasNet(nn.Module):
                     conv=injected,
                     plain_conv=conv,
                     norm=norm,
-                    recalibration=partial(SqueezeExcite, reduced=reduced, dtype=self.dtype) if reduced else as_it_is,
+                    recalibration=partial(SqueezeExcite, reduced=reduced, dtype=self.dtype) if reduced else identity,
                     name=f"stage{number}_block{i + 1}",
                 )(x)
             maps[f"stage{number}"] = x
@@ -216,6 +212,7 @@ def mnasnet(
     num_classes: int = 1000,
     kappa: float = 0.0,
     upsilon: float = 0.0,
+    attention_ratio: float | None = None,
     num_heads: int = 4,
     min_key_depth: int = 2,
     stages: Sequence[int] = (2, 3, 4, 5, 6),
@@ -263,6 +260,7 @@ def mnasnet(
       kappa, upsilon, num_heads, min_key_depth, position_encoding, larger_maps, implementation: as in
         `aaconv.AAConv`, shares of an expansion's output channels; ``upsilon=0`` is the plain network. Where upsilon
         leaves less than a channel a head, there is one.
+      attention_ratio: kappa and upsilon alike, instead of both.
       stages: augmented stages, 1 to 6.
       pooled_stages: augmented stages that attend at half their resolution; None: stage 2, if it is augmented.
       strided_attention: as in `aaconv.AAConv`; no effect, since no expansion has a stride.
@@ -288,11 +286,12 @@ def mnasnet(
         raise ValueError(f"dropout={dropout} must be at least 0 and below 1; 0 switches it off")
     check_sizes(num_classes=num_classes)
     if pooled_stages is None:
-        pooled_stages = tuple({2} & set(stages)) if upsilon else ()
+        pooled_stages = tuple({2} & set(stages)) if attention_ratio or upsilon else ()
     convs = stage_convs(
         len(STAGES),
         kappa=kappa,
         upsilon=upsilon,
+        attention_ratio=attention_ratio,
         num_heads=num_heads,
         min_key_depth=min_key_depth,
         stages=stages,

@@ -17,6 +17,36 @@ RECALIBRATIONS = ("none", "se", "ge", "bam", "cbam")
 """Squeeze-and-Excitation, Gather-Excite, and the bottleneck and convolutional block attention modules."""
 
 
+_TAKEN = {
+    "none": (),
+    "se": ("reduction", "recalibration_stages"),
+    "ge": ("extent", "gather", "reduction", "recalibration_stages"),
+    "bam": ("reduction", "recalibration_stages"),
+    "cbam": ("reduction", "recalibration_stages"),
+}
+
+
+def check_effect(recalibration: str, given: Sequence[str]) -> None:
+    """Checks that no argument of recalibration is given that the chosen kind does not take.
+
+    Args:
+      recalibration: one of `RECALIBRATIONS`.
+      given: names of arguments, others too.
+
+    Raises:
+      ValueError: naming the argument and what takes it.
+    """
+    taken = _TAKEN.get(recalibration, _TAKEN["ge"])
+    for argument in given:
+        if argument in _TAKEN["ge"] and argument not in taken:
+            takers = ", ".join(kind for kind, arguments in _TAKEN.items() if argument in arguments)
+            takes = f", which takes {' and '.join(taken)}" if taken else ""
+            raise ValueError(
+                f"{argument} has no effect with recalibration={recalibration!r}{takes}: leave it out (None in a "
+                f"config), or set recalibration to one that takes it ({takers})"
+            )
+
+
 def identity(*, name: str, norm: ModuleDef | None = None, dtype: Any = None) -> Callable[[jax.Array], jax.Array]:
     """Stands where a layer of `aaconv.layers.recalibration` could: returns what gives the map as it is."""
     return lambda x: x

@@ -55,8 +55,9 @@ _HEAD = """\
 
 Parameters in millions and GFLOPs of one image are counted from the network (2 for a multiply-add in a convolution or
 projection, 1 in the products of attention), and stand beside what the paper prints. **agrees** says in which of the two
-they are alike: parameters to the printed digit, FLOPs within 2%. Where they differ, the builder's docstring says what
-was tried. *attends* names layers and the maps they attend over; a pooled map is smaller than its stage.
+they are alike: parameters to the printed digit, FLOPs within 2%; "no figure" where none is printed. Where they differ,
+the builder's docstring says what was tried. *attends* names layers and the maps they attend over; a pooled map is
+smaller than its stage.
 
 What no figure can show is held against plain forms of the formulas in `tests/`: every layer, the blocks of BoTNet and
 MnasNet, and whole forward passes of ResNet-18 and 50.

@@ -144,14 +144,14 @@ def append_codes(
         for axis, logits in enumerate(relative.axis_logits(q, rel, spatial_ndim=spatial_ndim, precision=precision)):
             if space[axis] > 1:  # on an axis of one position all keys have the same logit
                 code = _one_hot(space, axis, k.dtype).reshape(1, size, 1, space[axis])
-                queries.append(flat(logits))
+                # Below their largest, which the softmax does not notice: float16 ends at 65504, and infinity times a
+                # code's zero would be NaN for every key.
+                logits = logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+                queries.append(flat(jnp.maximum(logits, float(jnp.finfo(q.dtype).min))))
                 keys.append(zero + code)
     if scale is not None:
         queries = [x.astype(relative.logits_dtype(q.dtype)) * scale for x in queries]
-    # Finite also where float16 ends, at 65504: infinity times a code's zero would be NaN for every key.
-    most = float(jnp.finfo(q.dtype).max)
-    queries = [queries[0].astype(q.dtype), *(jnp.clip(x, -most, most).astype(q.dtype) for x in queries[1:])]
-    wide_q = jnp.concatenate(queries, axis=-1)
+    wide_q = jnp.concatenate([x.astype(q.dtype) for x in queries], axis=-1)
     wide_k = jnp.concatenate(keys, axis=-1)
     values = flat(v)
     if even_length and size % 2:

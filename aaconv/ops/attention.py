@@ -159,6 +159,7 @@ def check_inputs(q, k, v, rel, spatial_ndim) -> tuple[jax.Array, ...] | None:
     Raises:
       ValueError: naming those that do not.
     """
+    relative.check_arrays({"q": q, "k": k, "v": v}, floating=False)
     relative.spatial_shape(q, spatial_ndim)
     if k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or v.shape[-1] == 0:
         raise ValueError(

@@ -152,26 +152,28 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
             q, start = xs
             biases = cut.biases(q, cut.windows(tables, start))
 
-            def average(logits, less):
-                out = cut.einsum("bnek,bnkq->bneq", v1, cut.flat_keys(jnp.exp(logits)).astype(v.dtype))
-                total = out[:, :, -1:]
-                return out[:, :, :-1] / total, less + jnp.log(total), jnp.min(total)
+            def sums(logits, less):
+                weights = cut.flat_keys(jnp.exp(logits)).astype(v.dtype)
+                return cut.einsum("bnek,bnkq->bneq", v1, weights), less
 
             def below_maximum():
                 logits = cut.logits(q, k, biases, after)
                 most = lax.stop_gradient(jnp.max(logits, axis=cut.key_axes, keepdims=True))
-                return average(logits - most, most.reshape(*most.shape[:2], 1, -1))
+                return sums(logits - most, most.reshape(*most.shape[:2], 1, -1))
 
             def below_bound():
                 bound = lax.stop_gradient(cut.bound(q, longest_key, biases))
-                return average(cut.logits(q, k, biases, after, less=bound), bound)
+                return sums(cut.logits(q, k, biases, after, less=bound), bound)
 
             if platform == "cpu":
                 found = below_bound()
-                out, log_total, _ = lax.cond(found[-1] > LEAST, lambda: found, below_maximum)
+                enough = jnp.min(found[0][:, :, -1]) > LEAST
+                out, less = lax.cond(enough, lambda: found, below_maximum)
             else:
-                out, log_total, _ = below_maximum()
-            return None, (out.astype(v.dtype), log_total)
+                out, less = below_maximum()
+            # Only now: where the bound was too far off, dividing by its sums would make derivatives of it NaN.
+            total = out[:, :, -1:]
+            return None, ((out[:, :, :-1] / total).astype(v.dtype), less + jnp.log(total))
 
         return None, lax.scan(block, None, (q, starts))[1]
 
@@ -219,7 +221,8 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
             d_out = d_out.reshape(*d_out.shape[:3], -1)
             log_total, delta = jnp.split(statistics.reshape(*statistics.shape[:3], -1), 2, axis=2)
             logits = cut.logits(q, k, cut.biases(q, windows), after, less=log_total)
-            p = jnp.exp(cut.flat_keys(logits))
+            # Above 0 only by rounding, which for very large logits can be more than an exponential bears.
+            p = jnp.exp(cut.flat_keys(jnp.where(logits > 0, 0, logits)))
             t = cut.einsum("bnek,bneq->bnkq", v, d_out)
             t = p * (t if exact else t - delta)
             d_out = d_out[:, :, :e]

@@ -67,7 +67,9 @@ def decomposed_relative_attention(
       Li et al., MViTv2: Improved Multiscale Vision Transformers, CVPR 2022, 4.1, https://arxiv.org/abs/2112.01526;
       Kirillov et al., Segment Anything, ICCV 2023, appendix A, https://arxiv.org/abs/2304.02643
     """
+    relative.check_arrays({"q": q}, floating=False)
     space = relative.spatial_shape(q, 2)
+    relative.check_arrays({"rel_h": rel_h, "rel_w": rel_w})
     for name, table in (("rel_h", rel_h), ("rel_w", rel_w)):
         if table.ndim != 2 or table.shape[0] % 2 == 0 or table.shape[1] != q.shape[-1]:
             raise ValueError(

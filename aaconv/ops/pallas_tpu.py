@@ -52,15 +52,18 @@ LANES, SUBLANES = 128, 8
 LONGEST_BLOCK = 1024
 """Queries and keys in a tile at most: its logits in float32, twice and more, have to fit into VMEM."""
 
-VMEM_BYTES = {"TPU v2": 24 * 2**20, "TPU v3": 24 * 2**20, "TPU v4": 24 * 2**20, "TPU v5": 64 * 2**20}
+_MIB = 2**20
+VMEM_BYTES = {
+    **dict.fromkeys(("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite"), 24 * _MIB),
+    **dict.fromkeys(("TPU v5", "TPU v5p", "TPU7", "TPU7x"), 64 * _MIB),
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e", ""), 100 * _MIB),
+}
 """What the kernels may take of a core's VMEM by their own reckoning (`_Plan.vmem`), by `jax.Device.device_kind`.
 
-It is about half as much again as what the compiler takes, which on a v4 has 16 MiB and on a v5p 64. Compiled for them
+That reckoning is about half as much again as what the compiler takes, which has 16, 64 and 128 MiB. Compiled for them
 (libtpu 0.0.52): 32x32 with depths of 128, reckoned 25.0 MiB, fits a v4, 64x64 with depths of 64, 34.5 MiB, does not;
-112x112 with depths of 64, 63.3 MiB, fits a v5p, 160x160 with depths of 32, 76.9 MiB, does not."""
-
-VMEM_BYTES_ELSEWHERE = 100 * 2**20
-"""On v5e, v6e and later, which have 128 MiB."""
+112x112 with depths of 64, 63.3 MiB, fits a v5p, 160x160 with depths of 32, 76.9 MiB, does not; 176x176 with depths of
+32, 90.8 MiB, fits a v5e and a v6e. A kind that is not here gets the least; "" stands for no kind in particular."""
 
 _MASKED = -1e30  # the logit of a key that pads the last block; finite, so that no 0 * inf can arise
 _NN, _NT = ((1,), (0,)), ((1,), (1,))  # which dimensions a product contracts: a @ b, and a @ b.T
@@ -158,7 +161,7 @@ def reason_not(
       spatial_ndim: number of spatial axes.
       positions: whether there are tables.
       blocks, precision: as in `attend`.
-      device_kind: a key of `VMEM_BYTES`, or any other.
+      device_kind: as of `jax.Device`, see `VMEM_BYTES`.
 
     Raises:
       ValueError: a block size is not a multiple of what the hardware needs.
@@ -251,7 +254,7 @@ class _Plan:
     positions: bool
     query: int
     key: int
-    limit: int = VMEM_BYTES_ELSEWHERE
+    limit: int = VMEM_BYTES[""]
     scale: float = 1.0
     precision: lax.Precision | None = None
     interpret: bool = False
@@ -343,7 +346,7 @@ class _Plan:
 
 
 def _limit(device_kind: str) -> int:
-    return VMEM_BYTES.get(device_kind, VMEM_BYTES_ELSEWHERE)
+    return VMEM_BYTES.get(device_kind, min(VMEM_BYTES.values()))
 
 
 def _up(x: int, multiple: int) -> int:

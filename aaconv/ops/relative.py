@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,8 @@ def masked_relative_logits(q: jax.Array, table: jax.Array, *, precision: lax.Pre
     References:
       Huang et al., Music Transformer, ICLR 2019, 3.4.1, https://arxiv.org/abs/1809.04281
     """
+    check_arrays({"q": q}, floating=False)
+    check_arrays({"table": table})
     if q.ndim < 3:
         raise ValueError(f"q has shape {q.shape}: it must be (*b, l, n, d)")
     length, depth = q.shape[-3], q.shape[-1]
@@ -185,6 +188,19 @@ def rows_by_query(table: jax.Array, size: int) -> jax.Array:
     return table[position[None, :] - position[:, None] + size - 1]
 
 
+def check_arrays(arrays: Mapping[str, Any], *, floating: bool = True) -> None:
+    """Checks that what was given is arrays, and of floating-point numbers where that is not checked elsewhere.
+
+    Raises:
+      ValueError: naming the one that is not.
+    """
+    for name, array in arrays.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise ValueError(f"{name} is of type {type(array).__name__}: it must be an array, as jnp.asarray makes one")
+        if floating and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} is {array.dtype}: cast it to a floating dtype first")
+
+
 def check_tables(q: jax.Array, rel: Sequence[jax.Array], spatial_ndim: int) -> tuple[int, ...]:
     """Returns the spatial shape of ``q`` after checking that every table covers its axis exactly."""
     shape = spatial_shape(q, spatial_ndim)
@@ -192,6 +208,7 @@ def check_tables(q: jax.Array, rel: Sequence[jax.Array], spatial_ndim: int) -> t
         raise ValueError(
             f"rel holds {len(rel)} tables for spatial_ndim={spatial_ndim}: give one table an axis, in axis order"
         )
+    check_arrays({f"rel[{axis}]": table for axis, table in enumerate(rel)})
     for axis, (table, size) in enumerate(zip(rel, shape, strict=True)):
         wanted = (2 * size - 1, q.shape[-1])
         if table.shape != wanted:

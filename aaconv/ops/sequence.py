@@ -140,6 +140,7 @@ def _weights(q, k, positions, *, causal, scale, precision) -> jax.Array:
 
 def _by_offset(name: str, table: jax.Array, length: int, depth: int) -> jax.Array:
     """``(2 * c + 1, depth)`` -> ``(2 * length - 1, depth)``, a row for every offset, clipped."""
+    relative.check_arrays({name: table})
     if table.ndim != 2 or table.shape[0] % 2 == 0 or table.shape[1] != depth:
         raise ValueError(
             f"{name} has shape {table.shape}: it must be (2 * c + 1, {depth}), an odd number of rows, one for each "

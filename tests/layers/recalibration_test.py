@@ -218,8 +218,8 @@ def test_gathering_from_the_whole_map_serves_every_size_without_parameters():
         (GatherExcite(1), SHAPE, "extent=1 must be .*: use 2 or 4"),
         (GatherExcite(-2), SHAPE, "extent=-2 must be .*: use 2 or 4"),
         (GatherExcite(2.0), SHAPE, "extent=2.0 must be"),  # pyright: ignore[reportArgumentType]
-        (GatherExcite(8), SHAPE, "extent=8 must divide the map of 8x12: use extent=2 or 4 or 0 there"),
-        (GatherExcite(2), (1, 7, 7, 4), "extent=2 must divide the map of 7x7: use extent=0 there"),
+        (GatherExcite(8), SHAPE, "extent=8 must divide the map of 8x12: that takes extent=2 or 4 or 0"),
+        (GatherExcite(2), (1, 7, 7, 4), "extent=2 must divide the map of 7x7: that takes extent=0 "),
         (GatherExcite(0, "parametrised"), SHAPE, "form='parametrised' normalises and norm is None: give"),
         (BAM(4), SHAPE, "BAM normalises and norm is None: give"),
     ],

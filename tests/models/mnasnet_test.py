@@ -13,7 +13,8 @@ from jax import lax
 
 import aaconv
 from aaconv.layers import SqueezeExcite
-from aaconv.models.mnasnet import MBConvBlock, as_it_is, round_channels
+from aaconv.models.mnasnet import MBConvBlock, round_channels
+from aaconv.models.recalibration import identity
 from aaconv.models.summary import summarise
 
 # Width, then parameters in millions and GFLOPs, plain and augmented, as Bello et al. print them; but for the plain
@@ -222,7 +223,7 @@ def test_an_augmented_block_by_hand(strides, features, squeezed, added):
         conv=attending,
         plain_conv=partial(nn.Conv, use_bias=False),
         norm=partial(nn.BatchNorm, use_running_average=True, epsilon=1e-3),
-        recalibration=partial(SqueezeExcite, reduced=2) if squeezed else as_it_is,
+        recalibration=partial(SqueezeExcite, reduced=2) if squeezed else identity,
     )
     x = jax.random.normal(jax.random.key(0), (2, 5, 6, 6))
     variables = random_like(jax.eval_shape(lambda: block.init(jax.random.key(0), x)))
@@ -315,7 +316,7 @@ def test_dropout_drops_features_in_training_only():
         ("mnasnet_a1", dict(width=2), "mnasnet_a1 has no argument 'width'; known: width_multiplier"),
         ("mnasnet_a1", dict(num_classes=0), "num_classes=0 must be at least 1"),
         ("mnasnet_a1", dict(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"),
-        ("mnasnet_a1", dict(kappa=0.1), "kappa=0.1: mnasnet_a1 is the plain network; use aa_mnasnet_a1"),
+        ("mnasnet_a1", dict(kappa=0.1), "kappa=0.1: mnasnet_a1 does not attend; use aa_mnasnet_a1"),
         ("aa_mnasnet_a1", dict(stages=(6, 7)), r"stages=\(6, 7\): this network has stages 1 to 6, not 7"),
         ("aa_mnasnet_a1", dict(stages=(0,)), r"stages=\(0,\): this network has stages 1 to 6, not 0"),
         ("aa_mnasnet_a1", dict(pooled_stages=(1,)), r"pooled_stages=\(1,\) names stage 1, which is not among"),

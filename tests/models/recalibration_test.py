@@ -30,6 +30,7 @@ COUNTS = [
     ("ge_wrn_28_10", dict(gather="parametrised", extent=2), 32, "36.3"),
 ]
 KINDS = ("se", "ge", "bam", "cbam")
+WITH_LAYERS = {"ge": {"gather": "pointwise"}}  # its other two forms have none, or only some
 
 
 @pytest.mark.parametrize("name,options,side,parameters", COUNTS, ids=[f"{n}-{p}" for n, _, _, p in COUNTS])
@@ -49,7 +50,7 @@ def test_flops_hardly_change(name, gflops):
 
 @pytest.mark.parametrize("name,side,parameters", [("resnet50", 224, 25_557_032), ("wrn_28_10", 32, 36_278_324)])
 def test_networks_without_it_are_as_they_were(name, side, parameters):
-    summary = summarise(aaconv.create(name, recalibration="none", reduction=8, extent=2), (side, side, 3))
+    summary = summarise(aaconv.create(name, recalibration="none"), (side, side, 3))
     assert summary.parameters == parameters
     assert not any("recalibration" in layer.path for layer in summary.layers)
 
@@ -75,7 +76,7 @@ def test_stands_in_every_block_or_after_stages():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_summary_gives_its_layers_to_their_stage(kind):
     plain = summarise(aaconv.create("wrn_10_1"), (32, 32, 3)).by_stage()
-    stages = summarise(aaconv.create(f"{kind}_wrn_10_1", gather="pointwise"), (32, 32, 3)).by_stage()
+    stages = summarise(aaconv.create(f"{kind}_wrn_10_1", **WITH_LAYERS.get(kind, {})), (32, 32, 3)).by_stage()
     assert [stage for stage in stages if stages[stage][0] > plain[stage][0]] == [
         f"stage{s}" for s in ((1, 2) if kind == "bam" else (1, 2, 3))
     ]
@@ -162,7 +163,7 @@ def test_bfloat16_logits_and_statistics(kind, plain):
 
 @pytest.mark.parametrize("kind", ["ge", "bam"])  # those that normalise, by the statistics of the batch
 def test_gradients_of_a_training_step_are_finite(kind):
-    model = aaconv.create(f"{kind}_wrn_10_1", num_classes=2, gather="pointwise")
+    model = aaconv.create(f"{kind}_wrn_10_1", num_classes=2, **WITH_LAYERS.get(kind, {}))
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(1), images)
 
@@ -231,7 +232,7 @@ WRONG = [
     ("bam_resnet50", dict(recalibration_stages=(0,)), r"recalibration_stages=\(0,\): .* stages 1 to 4, not 0"),
     ("se_wrn_28_10", dict(recalibration="ge"), "already set by the name 'se_wrn_28_10'; use wrn_28_10 with recalib"),
     ("se_wrn_28_10", dict(depth=16), "depth=16 is already set by the name 'se_wrn_28_10'; use se_wrn with depth="),
-    ("se_resnet50", dict(kappa=0.2), "se_resnet50 is not augmented; use aa_resnet50 with recalibration='se', or"),
+    ("se_resnet50", dict(kappa=0.2), "se_resnet50 does not attend; use aa_resnet50 with recalibration='se', or"),
     ("se_resnet50", dict(reductoin=8), "se_resnet50 has no argument 'reductoin'; did you mean 'reduction'"),
     ("se_resnet51", {}, "unknown model 'se_resnet51'; did you mean 'se_resnet"),
     ("see_wrn_28_10", {}, "unknown model 'see_wrn_28_10'; did you mean 'se_wrn_28_10'"),
@@ -245,7 +246,7 @@ def test_says_what_does_not_exist(name, options, message):
 
 
 def test_an_extent_that_does_not_divide_a_stage_is_reported():
-    with pytest.raises(ValueError, match="extent=2 must divide the map of 7x7: use extent=0 there"):
+    with pytest.raises(ValueError, match="extent=2 must divide the map of 7x7: that takes extent=0 "):
         summarise(aaconv.create("ge_resnet18", extent=2), (224, 224, 3))
     summary = summarise(aaconv.create("ge_resnet18", extent=2, recalibration_stages=(1, 2, 3)), (224, 224, 3))
     assert summary.parameters == summarise(aaconv.create("resnet18"), (224, 224, 3)).parameters

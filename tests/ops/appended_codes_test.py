@@ -62,11 +62,11 @@ def test_keeps_the_dtype(reference, inputs, dtype, tolerance):
     np.testing.assert_allclose(np.asarray(got, np.float64), reference.attention(*exact, scale=0.6), atol=tolerance)
 
 
-def test_a_relative_logit_beyond_float16_makes_no_nan():
-    # 300 * 300 is more than 65504; with infinity in the queries, each one-hot code's zeros would make NaN of it.
+def test_relative_logits_beyond_float16_keep_their_order():
+    # 300 * 300 is more than 65504, and 300 * 250 too: the row one down beats the one above, and nothing is NaN.
     q = jnp.full((3, 4, 1, 1), 300.0, jnp.float16)
     v = jnp.arange(12, dtype=jnp.float16).reshape(3, 4, 1, 1)
-    down = jnp.zeros((5, 1), jnp.float16).at[3].set(300.0)
+    down = jnp.zeros((5, 1), jnp.float16).at[3].set(300.0).at[1].set(250.0)
     got = plainly(q, jnp.zeros_like(q), v, (down, jnp.zeros((7, 1), jnp.float16)), scale=1.0)
     np.testing.assert_array_equal(got[:2, :, 0, 0], np.repeat([[5.5], [9.5]], 4, axis=1))
 

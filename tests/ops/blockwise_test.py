@@ -145,12 +145,24 @@ def test_memory_grows_with_the_positions_not_with_their_square(small, large):
     assert temporaries(large) < 5 * temporaries(small)
 
 
-def test_second_derivative_of_the_scale_and_queries(inputs):
+@pytest.mark.parametrize("times", [1.0, 40.0])  # at 40 the bound by lengths is too far off, and the maximum is taken
+def test_second_derivative_of_the_queries(inputs, times):
     q, k, v, rel = inputs((2, 3), batch=(1,))
+    q = times * q
     with jax.enable_x64(True):
         of = lambda f: jax.grad(lambda q: jnp.sum(jnp.sin(jax.grad(lambda q: jnp.sum(f(q, k, v, rel) ** 2))(q))))(q)
         plain = functools.partial(ops.relative_attention, implementation="factorised")
         assert_close(of(attend), of(plain))
+
+
+def test_gradients_stay_finite_where_rounding_lifts_a_logit_far_above_its_sum(inputs):
+    # Relative logits of 1e20 and more are rounded to much more than an exponential bears, in another order in the two
+    # passes; no weight may come out above 1 for that.
+    q, k, v, rel = jax.tree.map(jnp.float32, inputs((4, 5), batch=(1,)))
+    found = gradients(attend, q, k, v, tuple(1e20 * table for table in rel))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    of_values = jax.grad(lambda v: attend(q, k, v, tuple(1e20 * table for table in rel)).sum())(v)
+    assert np.abs(of_values).max() <= 20  # a weight of each of 20 queries
 
 
 def test_forward_mode_is_refused_by_name(inputs):

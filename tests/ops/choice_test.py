@@ -36,7 +36,10 @@ def test_on_a_tpu_a_map_that_does_not_fit_the_kernel_goes_block_by_block():
     assert "VMEM" in choice.reason
 
 
-@pytest.mark.parametrize("kind,implementation", [("TPU v4", "blockwise"), ("TPU v5 lite", "pallas_tpu")])
+@pytest.mark.parametrize(
+    "kind,implementation",
+    [("TPU v4", "blockwise"), ("TPU v5 lite", "pallas_tpu"), ("TPU v5p", "pallas_tpu"), ("TPU v99", "blockwise")],
+)
 def test_on_a_tpu_with_little_vmem_large_maps_go_block_by_block(kind, implementation):
     choice = ops.choose_implementation((64, 64, 8, 64), 64, jnp.bfloat16, platform="tpu", device_kind=kind)
     assert choice.implementation == implementation

@@ -131,3 +131,10 @@ def test_says_what_does_not_fit(wrong, message):
     options = {name: value for name, value in wrong.items() if name not in shapes}
     with pytest.raises(ValueError, match=message):
         ops.decomposed_relative_attention(**arrays, **options)
+
+
+@pytest.mark.parametrize("table,message", [(None, "of type NoneType"), (np.ones((5, 3), np.int32), "int32: cast it")])
+def test_tables_that_are_none_are_told(table, message):
+    q = jnp.ones((3, 4, 1, 3))
+    with pytest.raises(ValueError, match=f"rel_h is {message}"):
+        ops.decomposed_relative_attention(q, q, q, table, jnp.ones((7, 3)))

@@ -158,3 +158,13 @@ def test_integers_are_refused():
     q = jnp.ones((6, 1, 3), jnp.int32)
     with pytest.raises(ValueError, match="cast them to one floating dtype"):
         ops.shaw_attention(q, q, q, jnp.ones((3, 3)))
+
+
+def test_what_is_no_array_is_told():
+    q = jnp.ones((6, 1, 3))
+    with pytest.raises(ValueError, match="key_table is of type NoneType: it must be an array"):
+        ops.shaw_attention(q, q, q, None)
+    with pytest.raises(ValueError, match="table is int32: cast it to a floating dtype"):
+        ops.music_transformer_attention(q, q, q, jnp.ones((6, 3), jnp.int32))
+    with pytest.raises(ValueError, match="k is of type list: it must be an array"):
+        ops.shaw_attention(q, [q], q, jnp.ones((3, 3)))
