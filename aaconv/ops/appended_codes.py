@@ -144,10 +144,12 @@ def append_codes(
         for axis, logits in enumerate(relative.axis_logits(q, rel, spatial_ndim=spatial_ndim, precision=precision)):
             if space[axis] > 1:  # on an axis of one position all keys have the same logit
                 code = _one_hot(space, axis, k.dtype).reshape(1, size, 1, space[axis])
-                # Below their largest, which the softmax does not notice: float16 ends at 65504, and infinity times a
-                # code's zero would be NaN for every key.
-                logits = logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-                queries.append(flat(jnp.maximum(logits, float(jnp.finfo(q.dtype).min))))
+                if q.dtype == jnp.float16:
+                    # It ends at 65504, and infinity times a code's zero would be NaN for every key: taken below their
+                    # largest, which the softmax does not notice.
+                    logits = logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+                    logits = jnp.maximum(logits, float(jnp.finfo(q.dtype).min))
+                queries.append(flat(logits))
                 keys.append(zero + code)
     if scale is not None:
         queries = [x.astype(relative.logits_dtype(q.dtype)) * scale for x in queries]
