@@ -523,6 +523,7 @@ class BottleneckOfOthers(nn.Module):
         return nn.relu(x + y)
 
 
+@pytest.mark.slow
 def test_injected_into_a_resnet_of_others():
     conv = partial(small, use_bias=False)
     net = nn.Sequential([BottleneckOfOthers(8, conv), BottleneckOfOthers(8, conv, (2, 2))])

@@ -197,6 +197,7 @@ def random_like(shapes):
     return jax.tree.map(lambda v: v - 0.5 if v.ndim > 1 else v, values)
 
 
+@pytest.mark.slow
 def test_equals_the_network_by_hand():
     # At this width SeparableBlock has as many channels in as out, and no shortcut all the same.
     model = aaconv.create("mnasnet_a1", width_multiplier=0.25, num_classes=3)
@@ -258,6 +259,7 @@ def test_logits_features_and_statistics(name, dtype):
     assert {x.dtype for x in maps.values()} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 def test_an_augmented_block_in_bfloat16_is_near_float32():
     def make(dtype):
         return MBConvBlock(
@@ -279,6 +281,7 @@ def test_an_augmented_block_in_bfloat16_is_near_float32():
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.02 * float(jnp.abs(exact).max()))
 
 
+@pytest.mark.slow
 def test_statistics_move_by_a_hundredth():
     model = aaconv.create("mnasnet_a1", width_multiplier=0.25, num_classes=3)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))

@@ -160,6 +160,7 @@ def test_logits_features_and_statistics(name, dtype):
         assert maps[stage].dtype == dtype
 
 
+@pytest.mark.slow
 def test_a_small_network_learns_and_gradients_are_finite():
     model = aaconv.create("aa_wrn_10_1", num_classes=2, num_heads=1, min_key_depth=4)
     images = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))

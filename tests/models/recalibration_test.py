@@ -115,6 +115,7 @@ def test_acts_on_the_residual_branch_alone(block):
     np.testing.assert_allclose(got, x + 3 * branch, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [WideResNet(1, 1), ResNet((1, 1), BasicBlock, width=4)], ids=["wrn", "resnet"])
 def test_rescales_what_a_stage_hands_on(network):
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -161,6 +162,7 @@ def test_bfloat16_logits_and_statistics(kind, plain):
     assert jax.tree.structure(updated["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ge", "bam"])  # those that normalise, by the statistics of the batch
 def test_gradients_of_a_training_step_are_finite(kind):
     model = aaconv.create(f"{kind}_wrn_10_1", num_classes=2, **WITH_LAYERS.get(kind, {}))

@@ -59,6 +59,7 @@ def test_equals_the_network_by_hand(name, sizes, convs):
     np.testing.assert_allclose(model.apply(variables, images, train=False), wanted, rtol=2e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_residual_branches_start_at_zero():
     model = aaconv.create("resnet18", width=4, num_classes=3)
     init = jax.jit(partial(model.init, train=False))
