@@ -51,7 +51,14 @@ def test_none_is_left_out():
     assert {p.name for p in CONFIGS.glob("*.py")} == {name.partition(":")[0] for name in EVERY}
 
 
-@pytest.mark.parametrize("name,parameters", EVERY.items())
+# Further arguments of a file of which others are always built.
+LONG = ("_0_75", "_1_25", "_1_4", "resnet101", "resnet152")
+
+
+@pytest.mark.parametrize(
+    "name,parameters",
+    [pytest.param(*item, marks=[pytest.mark.slow] if item[0].endswith(LONG) else []) for item in EVERY.items()],
+)
 def test_builds(name, parameters):
     config = config_lib.load(str(CONFIGS / name))
     info = declared_info(config)

@@ -244,6 +244,7 @@ def test_one_device_and_eight_give_the_same_losses(undisturbed, tmp_path):
         assert one == pytest.approx(eight, rel=3e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_each_step_and_alike_on_any_devices(tmp_path):
     def seen(steps, **settings):
         settings |= {"num_epochs": None, "num_steps": steps, "optimizer__ema_decay": 0.0}

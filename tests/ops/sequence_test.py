@@ -96,6 +96,7 @@ def test_later_positions_do_not_reach_earlier_outputs(form):
         assert np.abs(before[:, first:] - after[:, first:]).min(axis=(0, 2, 3)).max() > 1.0
 
 
+@pytest.mark.slow
 @EVERY
 def test_gradients_of_every_argument(form):
     with jax.enable_x64(True):
