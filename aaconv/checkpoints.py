@@ -324,8 +324,8 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 
 def _bytes(x: jax.Array) -> memoryview:
-    # Every device holds the whole of it.
-    return np.ascontiguousarray(x.addressable_data(0)).reshape(-1).view(np.uint8).data
+    whole = x.addressable_data(0) if x.is_fully_replicated else np.asarray(x)
+    return np.ascontiguousarray(whole).reshape(-1).view(np.uint8).data
 
 
 def _name(path: Any) -> str:

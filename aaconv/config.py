@@ -85,6 +85,7 @@ def default_config() -> ConfigDict:
 
     c.batch_size = 128  # examples a step, over all devices
     c.eval_batch_size = 512
+    c.accumulate_steps = 1  # parts that a batch is worked through in, one after another: memory for time
     c.num_epochs = config_dict.placeholder(float)  # exactly one of num_epochs and num_steps
     c.num_steps = config_dict.placeholder(int)
 
@@ -119,7 +120,11 @@ def default_config() -> ConfigDict:
     c.dtype = "float32"  # of activations: float32 | bfloat16; parameters stay float32
 
     c.mesh = _group()
-    c.mesh.data = -1  # devices along the batch; -1: all
+    c.mesh.data = -1  # devices along the batch; -1: what the other two leave
+    c.mesh.fsdp = 1  # devices along the batch that divide weights and optimiser state as well
+    c.mesh.spatial = 1  # devices that divide the rows of each image
+    c.mesh.fsdp_min_size = 2**16  # numbers; smaller arrays lie whole on each device
+    c.mesh.batch_norm_devices = -1  # whose examples share batch norm's statistics; -1: all, 1: each has its own
 
     c.log_every_steps = 50
     c.eval_every_epochs = 1.0
@@ -228,9 +233,9 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 POSITIVE = (
-    "batch_size eval_batch_size num_epochs num_steps log_every_steps eval_every_epochs data.image_size "
-    "data.channels optimizer.eps schedule.learning_rate schedule.every_epochs schedule.factor checkpoint.every_epochs "
-    "checkpoint.keep_last"
+    "batch_size eval_batch_size accumulate_steps num_epochs num_steps log_every_steps eval_every_epochs "
+    "mesh.fsdp_min_size data.image_size data.channels optimizer.eps schedule.learning_rate schedule.every_epochs "
+    "schedule.factor checkpoint.every_epochs checkpoint.keep_last"
 ).split()
 NOT_NEGATIVE = (
     "data.num_workers data.augment.crop_padding optimizer.weight_decay optimizer.clip_norm schedule.warmup_epochs "

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Window(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything an update reads and writes, replicated over the mesh.
+    """Everything an update reads and writes, on the mesh as `aaconv.parallel.state_sharding` says.
 
     Attributes:
       step: completed updates, int32.
@@ -153,14 +153,29 @@ def train_step(
     if config.loss.mixup_alpha:
         images, targets = mixup(mixup_key, images, targets, config.loss.mixup_alpha)
 
-    def loss_of(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        rngs = {"dropout": dropout_key}
+    def apply(params: Any, batch_stats: Any, images: Array, key: Array) -> tuple[Array, Any]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        rngs = {"dropout": key}
         logits, updated = run.model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
-        losses = metrics.cross_entropy(logits, targets)
-        return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
+        return logits, updated.get("batch_stats", {})
 
-    (loss, (logits, losses, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    apply = parallel.by_group(apply, run.mesh)
+
+    def gradient(batch_stats: Any, images: Array, targets: Array, key: Array) -> tuple[Any, Any, Array, Array]:
+        def loss_of(params: Any) -> tuple[Array, tuple[Any, Array, Array]]:
+            logits, updated = apply(params, batch_stats, parallel.divide_rows(images, run.mesh), key)
+            losses = metrics.cross_entropy(logits, targets)
+            return jnp.mean(losses), (updated, logits, losses)
+
+        (_, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return gradients, *found
+
+    if config.accumulate_steps == 1:
+        gradients, batch_stats, logits, losses = gradient(state.batch_stats, images, targets, dropout_key)
+    else:
+        gradients, batch_stats, logits, losses = accumulate(
+            gradient, config.accumulate_steps, state.params, state.batch_stats, images, targets, dropout_key
+        )
     params, opt_state, norm = optim.update(run.optimizer, gradients, state.opt_state, state.params)
     step = state.step + 1
     average = state.ema
@@ -173,7 +188,40 @@ def train_step(
         grad_norm=state.window.grad_norm + norm,
         steps=state.window.steps + 1,
     )
-    return TrainState(step, params, batch_stats, opt_state, average, window), loss
+    return TrainState(step, params, batch_stats, opt_state, average, window), jnp.mean(losses)
+
+
+def accumulate(
+    gradient: Callable[..., Any], parts: int, params: Any, batch_stats: Any, images: Array, targets: Array, key: Array
+) -> tuple[Any, Any, Array, Array]:
+    """Works through a batch in parts, one after another, of which only one is in memory.
+
+    The mean of the parts' gradients is the gradient of the whole batch but for rounding, with two exceptions:
+    batch norm takes its statistics from each part by itself (and updates the running ones as often), and dropout
+    draws anew for each.
+
+    Args:
+      gradient: ``(batch_stats, images, targets, key) -> gradients, batch_stats, logits, losses``.
+      parts: how many; divides the examples of each device.
+      params: the gradients have their shapes.
+      batch_stats: before the first part.
+      images: ``(b, h, w, c)``.
+      targets: ``(b, k)``.
+      key: for all parts.
+
+    Returns:
+      What ``gradient`` returns, of the whole batch; ``batch_stats`` after the last part.
+    """
+
+    def part(carry: Any, xs: Any) -> Any:
+        total, batch_stats = carry
+        gradients, batch_stats, *found = gradient(batch_stats, *xs)
+        return (jax.tree.map(jnp.add, total, gradients), batch_stats), found
+
+    xs = parallel.in_parts(images, parts), parallel.in_parts(targets, parts), jax.random.split(key, parts)
+    (total, batch_stats), found = jax.lax.scan(part, (jax.tree.map(jnp.zeros_like, params), batch_stats), xs)
+    logits, losses = map(parallel.from_parts, found)
+    return jax.tree.map(lambda x: x / parts, total), batch_stats, logits, losses
 
 
 def eval_step(
@@ -181,7 +229,7 @@ def eval_step(
 ) -> metrics.Totals:
     """Adds a batch's loss (without smoothing), top-1 and top-5 to `totals`; padding counts nothing."""
     prepared = run.prepare_eval(batch)
-    logits: Any = run.model.apply(variables, prepared["image"], train=False)
+    logits: Any = run.model.apply(variables, parallel.divide_rows(prepared["image"], run.mesh), train=False)
     targets = metrics.soft_labels(prepared["label"], run.info.num_classes)
     return totals + metrics.totals(logits, targets, metrics.cross_entropy(logits, targets), prepared["mask"])
 
@@ -204,7 +252,7 @@ class Run:
       model: ``apply(variables, images, train=...)`` gives logits.
       data: `aaconv.data`, or something with its ``info``, ``train_input`` and ``eval_input``.
       info: of the data set: ``num_classes``, ``image_shape`` and so on.
-      mesh: one axis of devices.
+      mesh: of `aaconv.parallel.make_mesh`.
       train: the training input; None when only evaluating.
       eval: the evaluation input.
       plan: durations in steps; None when only evaluating.
@@ -229,9 +277,10 @@ class Run:
 
     def abstract_state(self) -> TrainState:
         """Returns shapes and shardings of the state, computing nothing."""
-        sharding = parallel.replicated(self.mesh)
         shapes = jax.eval_shape(functools.partial(init_state, run=self), jax.random.key(0))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        return parallel.with_sharding(
+            shapes, parallel.state_sharding(self.mesh, shapes, self.config.mesh.fsdp_min_size)
+        )
 
 
 def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
@@ -240,11 +289,24 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     return models.create(config.model.name, num_classes=num_classes, dtype=jnp.dtype(config.dtype), **overrides)
 
 
-def build(config: ConfigDict, model: nn.Module | None, data: Any, *, training: bool) -> Run:
-    """Makes all that a run needs from its config; ``data`` stands in for `aaconv.data`, ``model`` for the config's."""
+def build(
+    config: ConfigDict, model: nn.Module | None, data: Any, *, training: bool, devices: Sequence[Any] | None = None
+) -> Run:
+    """Makes all that a run needs from its config.
+
+    Args:
+      config: from `aaconv.config.load`.
+      model: stands in for the config's.
+      data: stands in for `aaconv.data`.
+      training: whether for more than evaluation.
+      devices: of the mesh, which need not be here; by default all there are.
+
+    Raises:
+      ValueError: the config cannot be run; the message names the key.
+    """
     if data is None:
         from aaconv import data
-    mesh = parallel.make_mesh(config.mesh.data)
+    mesh = parallel.configured_mesh(config.mesh, devices)
     parallel.check_batch("eval_batch_size", config.eval_batch_size, mesh)
     best = config.checkpoint.best_metric
     if best and best not in EVAL_METRICS:
@@ -252,11 +314,14 @@ def build(config: ConfigDict, model: nn.Module | None, data: Any, *, training: b
             f"checkpoint.best_metric={best!r} is not one of {', '.join(EVAL_METRICS)}; '' keeps only the last"
         )
     info = data.info(config)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    parallel.check_rows(info.image_shape[0], mesh)
+    # A mesh of devices that are not here is only compiled for.
+    share, shares = parallel.input_share(mesh) if devices is None else (0, 1)
+    processes = {"process_index": share, "process_count": shares}
     train_input = plan = None
     optimizer = optim.no_optimizer()
     if training:
-        parallel.check_batch("batch_size", config.batch_size, mesh)
+        parallel.check_batch("batch_size", config.batch_size, mesh, config.accumulate_steps)
         train_input = data.train_input(config, **processes)
         plan = optim.plan(config, train_input.steps_per_epoch)
         optimizer = optim.optimizer(config, plan)
@@ -334,6 +399,13 @@ def train(
             start, items, meta = found
             state = TrainState.from_items(items)
             iterator.set_state(meta["data"])
+            now = _batch_norm_examples(run)
+            before = meta.get("batch_norm_examples", now)
+            if before != now:
+                progress.note(
+                    f"warning: {before} examples shared batch norm's statistics, and now {now} do: "
+                    "mesh.batch_norm_devices counts devices, and the mesh is another"
+                )
         _write_config(config, workdir)
         log = stack.enter_context(metrics.Log(workdir, resume_step=start))
         for row in log.rows:
@@ -349,6 +421,7 @@ def train(
 
         # What runs on the devices.
         replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
+        _, shares = parallel.input_share(run.mesh)
         resident = parallel.to_global(run.train.resident or {}, replicated)
         empty_window = jax.jit(Window.empty, out_shardings=replicated)
         is_finite = jax.jit(all_finite)
@@ -413,7 +486,7 @@ def train(
             if not is_evaluated():
                 raise Preempted(f"stopped by {signals.name} in the evaluation of step {step}; run it again")
         while step < total_steps:
-            batch = parallel.to_global(next(iterator), split)
+            batch = parallel.to_global(next(iterator), split, shares)
             if step_fn is None:
                 progress.note("compiling the step ...")
                 began = time.monotonic()
@@ -444,7 +517,11 @@ def train(
                     evaluate_here()
                     stop = stop or _asked_to_stop(signals, step)
                 if stop or save_due or saver.improves(step):
-                    meta = {"data": iterator.get_state(), "config": _as_dict(config)}
+                    meta = {
+                        "data": iterator.get_state(),
+                        "config": _as_dict(config),
+                        "batch_norm_examples": _batch_norm_examples(run),
+                    }
                     saver.save(step, state.items(), meta)
             if stop and (step < total_steps or not is_evaluated()):
                 saver.wait()
@@ -471,6 +548,11 @@ def _naming_full_disk(workdir: Path) -> Iterator[None]:
         ) from error
 
 
+def _batch_norm_examples(run: Run) -> int:
+    """How many examples share batch norm's statistics."""
+    return run.config.batch_size // run.config.accumulate_steps // run.mesh.shape[parallel.GROUP]
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
@@ -480,21 +562,19 @@ def fresh_state(run: Run) -> TrainState:
     # Born on its devices. On a CPU the default optimisation level takes ten times as long to
     # compile as the initialisation it speeds up (80 s for a ResNet-50).
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    init = jax.jit(
-        functools.partial(init_state, run=run),
-        out_shardings=parallel.replicated(run.mesh),
-        compiler_options=options,
-    )
+    shardings = jax.tree.map(lambda x: x.sharding, run.abstract_state())
+    init = jax.jit(functools.partial(init_state, run=run), out_shardings=shardings, compiler_options=options)
     return init(jax.random.key(run.config.seed))
 
 
 def compile_step(run: Run, state: TrainState, batch: Any, resident: Any) -> Callable[..., Any]:
     """Compiles the training step for arrays, or shapes, like these; the state is donated to it."""
     replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         functools.partial(train_step, run=run),
-        in_shardings=(replicated, split, replicated),
-        out_shardings=(replicated, replicated),
+        in_shardings=(shardings, split, replicated),
+        out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
     # Ahead of time: compiling is timed by itself, and a change of shapes is an error, not a recompilation.
@@ -509,7 +589,7 @@ class Evaluator:
         self._replicated, self._split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
         self.step = jax.jit(
             functools.partial(eval_step, run=run),
-            in_shardings=(self._replicated, self._replicated, self._split),
+            in_shardings=(None, self._replicated, self._split),  # the weights as they lie
             out_shardings=self._replicated,
             donate_argnums=1,
         )
@@ -519,11 +599,12 @@ class Evaluator:
         self, variables: Mapping[str, Any], interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         totals = self._zeros()
+        _, shares = parallel.input_share(self._run.mesh)
         for batch in self._run.eval:
             # With several processes all must do the same number of batches.
             if jax.process_count() == 1 and interrupted():
                 return None
-            totals = self.step(variables, totals, parallel.to_global(batch, self._split))
+            totals = self.step(variables, totals, parallel.to_global(batch, self._split, shares))
         if not float(totals.count):
             raise ValueError(
                 f"data.eval_split={self._run.config.data.eval_split!r} of {self._run.config.data.name!r} holds no "
@@ -601,8 +682,8 @@ def _last_values(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 _CONTINUABLE = (
-    "num_epochs num_steps log_every_steps eval_every_epochs eval_batch_size checkpoint. mesh. "
-    "data.data_dir data.num_workers data.placement model.implementation"
+    "num_epochs num_steps log_every_steps eval_every_epochs eval_batch_size checkpoint. mesh.data mesh.fsdp "
+    "mesh.spatial data.data_dir data.num_workers data.placement model.implementation"
 ).split()
 """Keys, or groups of them, that may change between a run's parts: but for rounding, updates stay the same."""
 

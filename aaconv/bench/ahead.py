@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from aaconv import parallel
 from aaconv.bench import report, traffic
@@ -136,7 +135,7 @@ def topology_devices(name: str) -> tuple[Device, ...]:
 
 def mesh_of(device: Device) -> Mesh:
     """Returns the mesh of one device, which need not be here."""
-    return Mesh(np.array([device]), (parallel.AXIS,), axis_types=(AxisType.Auto,))
+    return parallel.make_mesh(devices=[device])
 
 
 def tracing_for(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:

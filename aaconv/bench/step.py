@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from aaconv import config as config_lib, data, metrics, models, ops, parallel, train
 from aaconv.bench import ahead, report, timing
@@ -176,8 +175,10 @@ def run(
     settings = [] if recipe else [f"{key}={value}" for key, value in defaults.items()]
     settings += ["mesh.data=1", *overrides, *(f"{key}={value}" for key, value in flags.items())]
     configs = _configs(names, recipe or RECIPE, settings, implementations)
-    mesh = ahead.mesh_of(devices[0]) if topology else None
-    runs = {name: _run(config, mesh) for name, config in configs.items()}
+    runs = {
+        name: train.build(config, None, _Synthetic(), training=True, devices=devices[:1])
+        for name, config in configs.items()
+    }
     target = f"{devices[0].device_kind}, one chip of {topology}, compiled ahead of time" if topology else ""
     machine = report.machine(target)
     c = next(iter(configs.values()))
@@ -287,11 +288,6 @@ def _configs(
     if not configs:
         raise ValueError(f"--models is empty: name networks, e.g. {','.join(MODELS)}")
     return configs
-
-
-def _run(config: ConfigDict, mesh: Mesh | None) -> train.Run:
-    run = train.build(config, None, _Synthetic(), training=True)
-    return run if mesh is None else dataclasses.replace(run, mesh=mesh)
 
 
 class _Step:
