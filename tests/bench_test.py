@@ -220,6 +220,7 @@ def test_a_tpu_need_not_be_there(tmp_path):
 # step
 
 
+@pytest.mark.slow
 def test_step_measures_networks_and_their_layers(bench, tmp_path):
     words = "--models wrn_10_1,aa_wrn_10_1 --size 8 --batch 2 --config.model.stages=3 --config.model.upsilon=0.25"
     code, out, _, rows = bench("step", *words.split(), "--implementation", "skew")

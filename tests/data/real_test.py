@@ -24,6 +24,7 @@ def _cifar100(tfds_dir: str) -> data.TrainInput:
     return data.train_input(_config(tfds_dir, "cifar100", placement="device"))
 
 
+@pytest.mark.slow
 def test_cifar100_is_whole(tfds_dir: str):
     info = data.info(_config(tfds_dir, "cifar100"))
     assert (info.num_train, info.num_eval, info.num_classes, info.image_shape) == (50_000, 10_000, 100, (32, 32, 3))

@@ -47,6 +47,7 @@ def by_hand(params, stats, x, sizes, convs):
     "name,sizes,convs",
     [("resnet18", (2, 2, 2, 2), (True, False)), ("resnet50", (3, 4, 6, 3), (False, True, False))],
 )
+@pytest.mark.slow
 def test_equals_the_network_by_hand(name, sizes, convs):
     model = aaconv.create(name, width=4, num_classes=3)
     images = jax.random.normal(jax.random.key(0), (2, 40, 33, 3))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from aaconv import cli
 from aaconv.models import list_models, table
 
@@ -16,6 +18,7 @@ def rows(page: str) -> dict[str, list[str]]:
     return {cells[0].replace("`", "").replace(",", ""): cells[1:] for cells in lines}
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_of_these_networks():
     assert table.page() == PAGE.read_text(), "stale: run `aaconv models > docs/models.md`"
 
