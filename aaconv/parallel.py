@@ -83,6 +83,19 @@ def configured_mesh(config_mesh: Mapping[str, Any], devices: Sequence[Any] | Non
     return make_mesh(**{key: config_mesh[key] for key in keys}, devices=devices)
 
 
+def describe(mesh: Mesh) -> str:
+    """Returns what a mesh does in words, e.g. ``8 devices (data 4 x fsdp 2)``."""
+    devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
+    sizes = {**mesh.shape, DATA: mesh.shape[GROUP] * mesh.shape[DATA]}
+    divided = [f"{axis} {size}" for axis, size in sizes.items() if axis != GROUP and size > 1]
+    if divided and divided != [f"{DATA} {mesh.size}"]:
+        devices += f" ({' x '.join(divided)})"
+    if mesh.shape[GROUP] > 1:
+        each = batch_devices(mesh) // mesh.shape[GROUP]
+        devices += f", batch norm by {f'groups of {each} devices' if each > 1 else 'device'}"
+    return devices
+
+
 def _groups(sizes: Mapping[str, int], sharing: int) -> int:
     """How many groups of devices have statistics of their own."""
     batch = sizes["data"] * sizes["fsdp"]

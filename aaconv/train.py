@@ -414,7 +414,7 @@ def train(
             done = " which is its end: the run is complete" if start == total_steps else f" of {total_steps}"
             progress.note(f"continuing {workdir} from step {start}{done}")
         else:
-            progress.note(f"training in {workdir}: {optim.describe(plan)}, on {_count(run.mesh.size, 'device')}")
+            progress.note(f"training in {workdir}: {optim.describe(plan)}, on {parallel.describe(run.mesh)}")
         summary = summarise(run.model, run.info.image_shape)
         for line in summary.computed_by():
             progress.note(f"attention in {_count(len(summary.attention), 'layer')}, computed by {line}")

@@ -111,6 +111,20 @@ def test_images_over_parts_of_several_hosts():
         parallel.input_share(parallel.make_mesh(-1, 1, 2, devices=devices))
 
 
+@pytest.mark.parametrize(
+    "arguments, sharing, words",
+    [
+        ((1,), -1, "1 device"),
+        ((), -1, "8 devices"),
+        ((-1, 2), -1, "8 devices (data 4 x fsdp 2)"),
+        ((-1, 2, 2), 2, "8 devices (data 2 x fsdp 2 x spatial 2), batch norm by groups of 2 devices"),
+        ((), 1, "8 devices, batch norm by device"),
+    ],
+)
+def test_a_mesh_in_words(arguments, sharing, words):
+    assert parallel.describe(parallel.make_mesh(*arguments, batch_norm_devices=sharing)) == words
+
+
 # Batches and states
 
 

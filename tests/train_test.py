@@ -259,14 +259,26 @@ def test_dropout_is_drawn_anew_each_step_and_alike_on_any_devices(tmp_path):
     assert (first != second).any()
 
 
-def test_the_checkpoint_of_eight_devices_continues_on_one(undisturbed, tmp_path):
+@pytest.mark.parametrize("before", [{}, {"mesh__fsdp": 2, "mesh__fsdp_min_size": 1}], ids=["replicated", "divided"])
+def test_the_checkpoint_of_eight_devices_continues_on_one(undisturbed, tmp_path, before):
     with pytest.raises(train.Preempted):
-        run(tmp_path, progress=Recorder(at_step=7))
+        run(tmp_path, progress=Recorder(at_step=7), **before)
     recorder = Recorder()
     run(tmp_path, progress=recorder, mesh__data=1)
     assert any("mesh.data was -1, is 1" in note for note in recorder.notes)
+    assert not any("batch norm" in note for note in recorder.notes)
     for one, eight in zip(rows(tmp_path), rows(undisturbed), strict=True):
         assert one == pytest.approx(eight, rel=3e-6)
+
+
+def test_statistics_of_other_batches_after_a_change_of_devices_are_told(tmp_path):
+    with pytest.raises(train.Preempted):
+        run(tmp_path, progress=Recorder(at_step=7), mesh__batch_norm_devices=1)
+    recorder = Recorder()
+    run(tmp_path, progress=recorder, mesh__data=2, mesh__batch_norm_devices=1)
+    assert any("warning: 2 examples shared batch norm's statistics, and now 8 do" in note for note in recorder.notes)
+    with pytest.raises(ValueError, match="holds a run of another config .mesh.batch_norm_devices was 1, is -1"):
+        run(tmp_path, mesh__batch_norm_devices=-1)
 
 
 def digits_config(data_dir: Path) -> ConfigDict:
