@@ -176,6 +176,16 @@ def with_sharding(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
+def gather(weights: Any, mesh: Mesh) -> Any:
+    """Within jit: makes divided weights whole on each device, for the time of their use.
+
+    Without it XLA may rather gather the activations, whose batch is divided over the same devices.
+    """
+    if mesh.shape[FSDP] == 1:
+        return weights
+    return lax.with_sharding_constraint(weights, replicated(mesh))
+
+
 def divide_rows(images: jax.Array, mesh: Mesh) -> jax.Array:
     """Within jit: divides the rows of images ``(b, h, w, c)`` over ``spatial``, and the batch as it was.
 

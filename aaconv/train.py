@@ -163,7 +163,8 @@ def train_step(
 
     def gradient(batch_stats: Any, images: Array, targets: Array, key: Array) -> tuple[Any, Any, Array, Array]:
         def loss_of(params: Any) -> tuple[Array, tuple[Any, Array, Array]]:
-            logits, updated = apply(params, batch_stats, parallel.divide_rows(images, run.mesh), key)
+            weights = parallel.gather(params, run.mesh)
+            logits, updated = apply(weights, batch_stats, parallel.divide_rows(images, run.mesh), key)
             losses = metrics.cross_entropy(logits, targets)
             return jnp.mean(losses), (updated, logits, losses)
 
@@ -229,6 +230,7 @@ def eval_step(
 ) -> metrics.Totals:
     """Adds a batch's loss (without smoothing), top-1 and top-5 to `totals`; padding counts nothing."""
     prepared = run.prepare_eval(batch)
+    variables = parallel.gather(variables, run.mesh)
     logits: Any = run.model.apply(variables, parallel.divide_rows(prepared["image"], run.mesh), train=False)
     targets = metrics.soft_labels(prepared["label"], run.info.num_classes)
     return totals + metrics.totals(logits, targets, metrics.cross_entropy(logits, targets), prepared["mask"])
