@@ -134,6 +134,12 @@ def default_config() -> ConfigDict:
     c.checkpoint.every_steps = 0  # > 0: instead of every_epochs
     c.checkpoint.keep_last = 2
     c.checkpoint.best_metric = "eval/accuracy"  # the best by this is kept as well; "": none
+
+    c.profile = _group()
+    c.profile.start_step = 10  # the first step in the trace; those before it warm up
+    c.profile.num_steps = 0  # how many jax's profiler traces, into workdir/profile; 0: none
+
+    c.hang_limit_seconds = 600.0  # all stacks are written when a batch, step, save or evaluation takes longer; 0: never
     return c
 
 
@@ -235,11 +241,11 @@ CHOICES = {
 POSITIVE = (
     "batch_size eval_batch_size accumulate_steps num_epochs num_steps log_every_steps eval_every_epochs "
     "mesh.fsdp_min_size data.image_size data.channels optimizer.eps schedule.learning_rate schedule.every_epochs "
-    "schedule.factor checkpoint.every_epochs checkpoint.keep_last"
+    "schedule.factor checkpoint.every_epochs checkpoint.keep_last profile.start_step"
 ).split()
 NOT_NEGATIVE = (
     "data.num_workers data.augment.crop_padding optimizer.weight_decay optimizer.clip_norm schedule.warmup_epochs "
-    "loss.mixup_alpha checkpoint.every_steps"
+    "loss.mixup_alpha checkpoint.every_steps profile.num_steps hang_limit_seconds"
 ).split()
 SHARES = (
     "optimizer.decay optimizer.b1 optimizer.b2 schedule.final data.augment.min_area data.augment.eval_crop"

@@ -342,9 +342,12 @@ def _format(values: Mapping[str, float]) -> str:
         "train/loss": "loss {:.4f}",
         "train/accuracy": "accuracy {:.1%}",
         "perf/images_per_sec": "{:,.0f} images/s",
+        "perf/mfu": "{:.1%} MFU",
+        "perf/input_wait_share": "{:.0%} input wait",
         "eval/loss": "eval loss {:.4f}",
         "eval/accuracy": "eval accuracy {:.2%}",
         "eval/top5": "top-5 {:.2%}",
+        "perf/evaluation_seconds": "in {:.1f} s",
     }
     return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)
 

@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from aaconv import checkpoints, metrics, models, optim, parallel
+from aaconv import checkpoints, metrics, models, optim, parallel, watch
 from aaconv.config import ConfigDict, default_config
 from aaconv.models.summary import summarise
+from aaconv.watch import Doing
 
 EVAL_METRICS = ("eval/accuracy", "eval/top5", "eval/loss")
 
@@ -354,8 +354,10 @@ def train(
     """Trains, or continues what `workdir` holds, to the end of the config's run.
 
     Writes ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and, where tensorboardX is
-    installed, ``tensorboard/``. A run that was stopped, by whatever means, and continued gives
-    the weights and rows of one that never stopped, bit for bit on the same devices.
+    installed, ``tensorboard/``; ``profile/`` where the config asks for a trace, and
+    ``hang-PROCESS.txt`` where something took too long. A run that was stopped, by whatever
+    means, and continued gives the weights and rows of one that never stopped, bit for bit on
+    the same devices; what is logged under ``perf/`` is the clock's.
 
     Args:
       config: from `aaconv.config.load`.
@@ -421,6 +423,20 @@ def train(
         for line in summary.computed_by():
             progress.note(f"attention in {_count(len(summary.attention), 'layer')}, computed by {line}")
 
+        # What watches the run.
+        clock = watch.Clock(
+            start,
+            batch_size=config.batch_size,
+            chips=run.mesh.size,
+            flops_per_image=summary.training_flops,
+            peak_flops=watch.peak_flops(run.mesh.devices.flat[0].device_kind, config.dtype),
+        )
+        traced = stack.enter_context(
+            watch.ProfilerWindow(workdir / "profile", clock, **config.profile, note=progress.note)
+        )
+        hang_file = workdir / f"hang-{jax.process_index()}.txt"
+        stack.enter_context(watch.HangDetector(clock, config.hang_limit_seconds, hang_file))
+
         # What runs on the devices.
         replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
         _, shares = parallel.input_share(run.mesh)
@@ -429,9 +445,7 @@ def train(
         is_finite = jax.jit(all_finite)
         learning_rate = jax.jit(plan.learning_rate)
         evaluator = Evaluator(run)
-        clock = _Clock(config.batch_size, start)
         step_fn: Callable[..., Any] | None = None
-        compile_seconds: float | None = None
         in_flight: collections.deque[Array] = collections.deque()
         step = checked = start
 
@@ -449,7 +463,6 @@ def train(
             checked = step
 
         def log_window() -> None:
-            nonlocal compile_seconds
             window = jax.device_get(state.window)
             means = state.window.totals.means("train")
             values = {
@@ -458,18 +471,16 @@ def train(
                 "train/accuracy": means["train/accuracy"],
                 "optim/learning_rate": float(learning_rate(step - 1)),
                 "optim/grad_norm": float(window.grad_norm) / max(int(window.steps), 1),
-                "perf/images_per_sec": clock.images_per_sec(step),
+                **clock.rates(step),
             }
-            if compile_seconds is not None:
-                values["perf/compile_seconds"] = compile_seconds
-                compile_seconds = None
             log.write(step, values)
             progress.show(step, values)
 
         def evaluate_here() -> None:
+            clock.turn_to(Doing.EVALUATING, step)
             values = evaluator(state.variables(), interrupted=lambda: signals.caught is not None)
             if values is not None:
-                values = {"epoch": plan.epoch(step), **values}
+                values = {"epoch": plan.epoch(step), **values, "perf/evaluation_seconds": clock.elapsed()}
                 log.write(step, values)
                 saver.record(step, values)
                 progress.show(step, values)
@@ -488,17 +499,17 @@ def train(
             if not is_evaluated():
                 raise Preempted(f"stopped by {signals.name} in the evaluation of step {step}; run it again")
         while step < total_steps:
+            clock.turn_to(Doing.INPUT if step_fn else Doing.FIRST_INPUT, step + 1)
             batch = parallel.to_global(next(iterator), split, shares)
             if step_fn is None:
                 progress.note("compiling the step ...")
-                began = time.monotonic()
+                clock.turn_to(Doing.COMPILING, step + 1)
                 step_fn = compile_step(run, state, batch, resident)
-                compile_seconds = time.monotonic() - began
-                progress.note(f"compiled the step in {compile_seconds:.1f} s")
-                clock.restart(step)
+                progress.note(f"compiled the step in {clock.elapsed():.1f} s")
                 if _asked_to_stop(signals, step):
                     raise Preempted(f"stopped by {signals.name} at step {step}, before a new one; run it again")
-            state, loss = step_fn(state, batch, resident)
+            clock.turn_to(Doing.STEPPING, step + 1)
+            state, loss = traced(step + 1, step_fn, state, batch, resident)
             step += 1
             progress.update(step)
             # The host may run ahead of the devices, but not with an epoch of batches in their memory.
@@ -514,21 +525,24 @@ def train(
             if not (stop or save_due or eval_due()):
                 continue
             check_finite()
-            with clock.paused():
-                if eval_due() and not stop:
-                    evaluate_here()
-                    stop = stop or _asked_to_stop(signals, step)
-                if stop or save_due or saver.improves(step):
-                    meta = {
-                        "data": iterator.get_state(),
-                        "config": _as_dict(config),
-                        "batch_norm_examples": _batch_norm_examples(run),
-                    }
-                    saver.save(step, state.items(), meta)
+            if eval_due() and not stop:
+                evaluate_here()
+                stop = stop or _asked_to_stop(signals, step)
+            if stop or save_due or saver.improves(step):
+                clock.turn_to(Doing.SAVING, step)
+                meta = {
+                    "data": iterator.get_state(),
+                    "config": _as_dict(config),
+                    "batch_norm_examples": _batch_norm_examples(run),
+                }
+                saver.save(step, state.items(), meta)
             if stop and (step < total_steps or not is_evaluated()):
                 saver.wait()
                 raise Preempted(f"stopped by {signals.name}: saved step {step} of {total_steps}; run it again to go on")
+        clock.turn_to(Doing.SAVING, step)
         saver.wait()
+        if step > start:
+            progress.note(f"training took {clock.describe()}")
         return _last_values(log.rows)
 
 
@@ -615,29 +629,6 @@ class Evaluator:
         return totals.means("eval")
 
 
-class _Clock:
-    """Images a second since the last reading, without compilation and pauses."""
-
-    def __init__(self, batch_size: int, step: int) -> None:
-        self._batch_size = batch_size
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._began, self._away = step, time.monotonic(), 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._away += time.monotonic() - began
-
-    def images_per_sec(self, step: int) -> float:
-        seconds = time.monotonic() - self._began - self._away
-        rate = (step - self._step) * self._batch_size / max(seconds, 1e-9)
-        self.restart(step)
-        return rate
-
-
 class _Signals:
     """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
 
@@ -685,7 +676,7 @@ def _last_values(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 _CONTINUABLE = (
     "num_epochs num_steps log_every_steps eval_every_epochs eval_batch_size checkpoint. mesh.data mesh.fsdp "
-    "mesh.spatial data.data_dir data.num_workers data.placement model.implementation"
+    "mesh.spatial profile. hang_limit_seconds data.data_dir data.num_workers data.placement model.implementation"
 ).split()
 """Keys, or groups of them, that may change between a run's parts: but for rounding, updates stay the same."""
 

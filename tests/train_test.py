@@ -228,9 +228,12 @@ def test_a_run_learns_and_logs(undisturbed):
     assert logged[-1]["train/loss"] < logged[0]["train/loss"]
     assert set(logged[0]) == {
         "step", "epoch", "train/loss", "train/accuracy", "optim/learning_rate", "optim/grad_norm",
-        "perf/images_per_sec", "perf/compile_seconds",
+        "perf/steps_per_sec", "perf/images_per_sec", "perf/images_per_sec_per_chip", "perf/input_wait_share",
+        "perf/checkpoint_seconds", "perf/compile_seconds",
     }  # fmt: skip
-    assert set(evaluated[0]) == {"step", "epoch", "eval/loss", "eval/accuracy", "eval/top5"}
+    assert set(evaluated[0]) == {
+        "step", "epoch", "eval/loss", "eval/accuracy", "eval/top5", "perf/evaluation_seconds"
+    }  # fmt: skip
     assert "perf/compile_seconds" not in logged[1]
     assert evaluated[-1]["eval/top5"] == 1.0
     # The rate of the update that made the step: the first of two logged is that of step 1.

@@ -109,6 +109,16 @@ class Summary:
         """FLOPs for one image, see `Layer`."""
         return sum(layer.flops for layer in self.layers)
 
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of a training step for one image: three times the forward pass, every multiply-add being 2.
+
+        The backward pass has two products for each of the forward pass: for the inputs' gradients and for the weights'.
+        Here the products of attention count 2 as well, because a chip's peak is counted so. What an implementation
+        computes anew, normalisation, activations and the update are left out, as is usual for utilisation.
+        """
+        return 3 * sum(layer.flops * (2 if layer.kind == "attention" else 1) for layer in self.layers)
+
     def by_stage(self) -> dict[str, tuple[int, int, tuple[int, ...]]]:
         """Returns ``{stage: (parameters, flops, output shape)}`` in forward order."""
         stages: dict[str, tuple[int, int, tuple[int, ...]]] = {}
