@@ -252,8 +252,9 @@ class HangDetector:
             self._thread.join()
 
     def _watch(self) -> None:
-        hung, reports = None, ""
-        while not self._over.wait(min(self._limit / 4, 1.0)):
+        hung, reports, over = None, "", False
+        while not over:
+            over = self._over.wait(min(self._limit / 4, 1.0))
             now = self._clock.now
             seconds = time.monotonic() - now.since
             if hung is not None and now is not hung:

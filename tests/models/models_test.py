@@ -134,6 +134,8 @@ def test_attention_flops_by_hand():
     summary = summarise(aaconv.create("aa_wrn_10_1", stages=(3,), num_heads=2), (16, 16, 3))
     (product,) = [layer for layer in summary.layers if layer.kind == "attention"]
     assert product.flops == 16**2 * (40 + 6)
+    # There every multiply-add counts 2, and each product has two more in the backward pass.
+    assert summary.training_flops == 3 * (summary.flops + product.flops)
 
 
 @pytest.mark.parametrize("name", ["wrn_10_1", "aa_wrn_10_1", "aa_resnet18"])
