@@ -1,8 +1,8 @@
 """The ``aaconv`` command: train, eval, show, predict, prepare, bench, version.
 
 Results go to standard output, progress and remarks to standard error. Exit codes: 0 done;
-2 wrong input; 3 the loss became nan or infinite; 75 stopped after saving, the same command
-goes on; 130 interrupted.
+2 wrong input; 3 the loss became nan or infinite; 75 stopped after saving, and 76 another process
+of the run was lost: the same command goes on; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def run() -> None:
         # The reader (head, less) has gone; without this, Python complains while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
+    hosts = sys.modules.get("aaconv.hosts")  # not loaded, then there is but this process
+    if hosts is not None:
+        hosts.leave(code, failed=code not in (OK, STOPPED))
     sys.exit(code)
 
 
@@ -96,6 +99,9 @@ def _exit_code(error: Exception) -> int | None:
         return NOT_FINITE
     if train is not None and isinstance(error, train.Preempted):
         return STOPPED
+    hosts = sys.modules.get("aaconv.hosts")
+    if hosts is not None and isinstance(error, hosts.LostError):
+        return hosts.LOST
     return WRONG_INPUT if isinstance(error, ValueError | NotImplementedError | OSError) else None
 
 
@@ -160,6 +166,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate = add(
         "eval", _eval, "Evaluate a checkpoint on the config's data.eval_split.", config=own, workdir="folder of the run"
     )
+    for command in (train, evaluate):
+        _add_processes(command)
     show = add(
         "show",
         _show,
@@ -200,6 +208,24 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_benchmarks(partial(add, within=bench.add_subparsers(metavar="WHAT", parser_class=_Parser)))
     add("version", _version, "Print the versions of aaconv and of what it runs on.")
     return parser, commands
+
+
+def _add_processes(command: _Parser) -> None:
+    group = command.add_argument_group(
+        "several processes",
+        "Run the same command on every host. On Cloud TPU, under Slurm (srun), Open MPI and in Kubernetes jobs of "
+        "indexed pods they find each other; elsewhere give each all three:",
+    )
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="the host of process 0, and a free port")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0 to N - 1")
+    for name, seconds, what in (
+        ("start", 300, "to wait for the others at the start"),
+        ("heartbeat", 100, "after which a silent process counts as lost and the others end"),
+    ):
+        command.add_argument(
+            f"--{name}-timeout", type=_positive, default=seconds, metavar="SECONDS", help=f"{what} (default: {seconds})"
+        )
 
 
 def _add_benchmarks(add: Callable[..., _Parser]) -> None:
@@ -377,9 +403,23 @@ def _need_workdir(arguments: argparse.Namespace) -> str:
 # Commands
 
 
+def _join(arguments: argparse.Namespace) -> None:
+    from aaconv import hosts
+
+    hosts.start(
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        start_timeout=arguments.start_timeout,
+        heartbeat_timeout=arguments.heartbeat_timeout,
+        note=_say,
+    )
+
+
 def _train(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments, or_workdir=False)
     workdir = _need_workdir(arguments)
+    _join(arguments)
     if arguments.maps:
         from aaconv import plots
 
@@ -398,6 +438,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     workdir = _need_workdir(arguments)
     config = _load_config(arguments, or_workdir=True)
+    _join(arguments)
     from aaconv import train
 
     values = train.evaluate(config, workdir, which=arguments.checkpoint, note=_say)

@@ -27,7 +27,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from aaconv import checkpoints, metrics, models, optim, parallel, watch
+from aaconv import checkpoints, hosts, metrics, models, optim, parallel, watch
 from aaconv.config import ConfigDict, default_config
 from aaconv.models.summary import summarise
 from aaconv.watch import Doing
@@ -377,16 +377,19 @@ def train(
         be continued.
       NonFiniteLossError: the loss, a gradient or a weight became nan or infinite.
       Preempted: SIGTERM or SIGINT asked to stop; the state was saved.
+      hosts.LostError: another process of the run ended or fell silent.
     """
-    workdir = checkpoints.check_writable(workdir)
+    workdir = hosts.together(lambda: checkpoints.check_writable(workdir))
     progress = metrics.progress() if progress is None else progress
-    run = build(config, model, data, training=True)
+    run = hosts.together(lambda: build(config, model, data, training=True))
+    _check_hosts_alike(config)
+    hosts.check_same_folder(workdir)
     assert run.plan is not None
     plan, total_steps = run.plan, run.plan.total_steps
     abstract = run.abstract_state()
-    with _naming_full_disk(workdir), contextlib.ExitStack() as stack:
+    with hosts.Watch() as watch, _naming_full_disk(workdir), contextlib.ExitStack() as stack:
         # The past of the workdir.
-        stack.enter_context(checkpoints.lock(workdir))
+        hosts.together(lambda: stack.enter_context(checkpoints.lock(workdir)))
         _check_same_run(run, workdir, progress.note)
         saver = stack.enter_context(
             checkpoints.Checkpoints(
@@ -493,6 +496,7 @@ def train(
 
         progress.start(start, total_steps)
         stack.callback(progress.stop)
+        stack.enter_context(watch.failing(graceful=Preempted))
         # Stopped during an evaluation: the state was saved without it.
         if eval_due() and not is_evaluated():
             evaluate_here()
@@ -511,6 +515,7 @@ def train(
             clock.turn_to(Doing.STEPPING, step + 1)
             state, loss = traced(step + 1, step_fn, state, batch, resident)
             step += 1
+            hosts.at(f"step {step} of {total_steps}")
             progress.update(step)
             # The host may run ahead of the devices, but not with an epoch of batches in their memory.
             in_flight.append(loss)
@@ -567,6 +572,11 @@ def _naming_full_disk(workdir: Path) -> Iterator[None]:
 def _batch_norm_examples(run: Run) -> int:
     """How many examples share batch norm's statistics."""
     return run.config.batch_size // run.config.accumulate_steps // run.mesh.shape[parallel.GROUP]
+
+
+def _check_hosts_alike(config: ConfigDict) -> None:
+    named = {"config": _flat(_as_dict(config)), "code": hosts.code_revision(), "version": checkpoints.versions()}
+    hosts.check_alike({f"{kind} {key}": value for kind, facts in named.items() for key, value in facts.items()})
 
 
 def _count(number: int, thing: str) -> str:
@@ -840,9 +850,11 @@ def evaluate(
     Returns:
       ``step``, ``eval/loss``, ``eval/accuracy``, ``eval/top5``, over each example exactly once.
     """
-    run = build(config, model, data, training=False)
-    restored = _restore(config, workdir, which, run.model, run.info, run.mesh, note)
-    values = Evaluator(run)(restored.variables)
+    run = hosts.together(lambda: build(config, model, data, training=False))
+    _check_hosts_alike(config)
+    with hosts.Watch():
+        restored = _restore(config, workdir, which, run.model, run.info, run.mesh, note)
+        values = Evaluator(run)(restored.variables)
     assert values is not None
     return {"step": restored.step, **values}
 
