@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,11 +18,11 @@ import jax
 import numpy as np
 import pytest
 
-from aaconv import checkpoints, config as configs, hosts, metrics, train
+from aaconv import checkpoints, cli, config as configs, hosts, metrics, train
 from aaconv.data import catalog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STEPS = 66  # three epochs of 22
+STEPS = 44  # two epochs
 CONFIG = f"""
 from ml_collections import ConfigDict
 
@@ -61,7 +60,6 @@ class Launched:
     """Processes of one run; what each printed lies in files."""
 
     def __init__(self, commands, folder: Path, environment: dict[str, str]) -> None:
-        folder.mkdir()
         self._folder = folder
         self.processes = []
         for i, command in enumerate(commands):
@@ -69,7 +67,10 @@ class Launched:
                 self.processes.append(
                     subprocess.Popen(
                         [str(word) for word in command],
-                        stdout=out, stderr=err, cwd=REPOSITORY, env={**os.environ, **environment},
+                        stdout=out,
+                        stderr=err,
+                        cwd=REPOSITORY,
+                        env={**os.environ, **environment},
                     )  # fmt: skip
                 )
 
@@ -89,13 +90,17 @@ class Launched:
         return line
 
 
-@pytest.fixture
-def launch(tmp_path, data_dir):
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, data_dir):
+    """Starts processes with one device each."""
     launched = []
+    environment = {"JAX_NUM_CPU_DEVICES": "1", "TFDS_DATA_DIR": str(data_dir)}
+    # They compile the same programs every time.
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
-    def start(commands, devices: int = 1) -> Launched:
-        environment = {"JAX_NUM_CPU_DEVICES": str(devices), "TFDS_DATA_DIR": str(data_dir)}
-        launched.append(Launched(commands, tmp_path / f"printed{len(launched)}", environment))
+    def start(commands) -> Launched:
+        launched.append(Launched(commands, tmp_path_factory.mktemp("printed"), environment))
         return launched[-1]
 
     yield start
@@ -125,14 +130,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def commands(count: int, config_file, workdir, *words, program=("-m", "aaconv"), of_each=lambda i: (), before=()):
+def commands(count: int, config_file, workdir, *words) -> list[list]:
     """The command line of each of `count` processes."""
     port = free_port()
     return [
         [
-            sys.executable, *program, *before, "train", "--config", config_file, "--workdir", workdir,
-            "--coordinator", f"localhost:{port}", "--processes", count, "--process", i,
-            "--start-timeout", 60, *words, *of_each(i),
+            sys.executable, "-m", "aaconv", "train", "--config", config_file, "--workdir", workdir,
+            "--coordinator", f"localhost:{port}", "--processes", count, "--process", i, "--start-timeout", 60, *words,
         ]
         for i in range(count)
     ]  # fmt: skip
@@ -158,8 +162,102 @@ def load(config_file, data_dir, **settings):
     return configs.load(str(config_file), [f"data.data_dir={data_dir}", *overrides])
 
 
-def saved_state(config, workdir, devices: int) -> dict:
-    """The newest checkpoint of `workdir`, restored onto so many devices of this process."""
+# One run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, launch, config_file) -> Path:
+    """The workdir of a run of two processes; ``examples0`` and ``examples1`` beside it tell what they were given."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    run = launch(
+        [
+            [python, "-c", NOTING_EXAMPLES, home / f"examples{i}", *words]
+            for i, (python, _, _, *words) in enumerate(commands(2, config_file, home / "run"))
+        ]
+    )
+    assert run.wait() == [0, 0], run.err(0) + run.err(1)
+    assert "trained" in run.out(0)
+    assert run.out(1) == ""
+    return home / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path, undisturbed, config_file, data_dir):
+    """The losses of one process; each example once an epoch; process 0 alone writes."""
+    train.train(load(config_file, data_dir, mesh__data=2), tmp_path, progress=metrics.Progress())
+    for of_two, of_one in zip(rows(undisturbed), rows(tmp_path), strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4, abs=1e-6)
+    given = [np.loadtxt(undisturbed.parent / f"examples{i}", dtype=int) for i in range(2)]
+    assert [part.shape for part in given] == [(STEPS, 32)] * 2
+    epochs = np.concatenate(given, axis=1).reshape(2, -1)
+    assert (np.sort(epochs, axis=1) == np.arange(1408)).all()
+    assert (epochs[0] != epochs[1]).any()
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {path.name for path in tmp_path.iterdir()} | {"curves.png"}  # which the command draws
+    assert len(list((undisturbed / "tensorboard").iterdir())) == 1
+
+
+# Accidents
+
+
+@pytest.mark.slow
+def test_a_full_disk_then_a_kill_then_the_end(tmp_path, launch, undisturbed, config_file):
+    """The others stop with an error, nobody hangs, and the same command gives the bits of the undisturbed run."""
+    started = commands(2, config_file, tmp_path / "run", "--heartbeat-timeout", 5)
+    full = launch(started)
+    wait_for_step(tmp_path / "run", 4)
+    resource.prlimit(full.processes[0].pid, resource.RLIMIT_FSIZE, (64, 64))
+    assert full.wait(60) == [2, hosts.LOST], full.err(0)
+    assert "cannot be written (File too large); last good checkpoint" in full.said(0)
+    assert_lost(full, 1)
+
+    killed = launch(started)
+    wait_for_step(tmp_path / "run", 14)
+    killed.processes[0].kill()
+    assert killed.wait(60) == [-signal.SIGKILL, hosts.LOST]
+    assert_lost(killed, 1)
+
+    assert launch(started).wait() == [0, 0]
+    assert rows(tmp_path / "run") == rows(undisturbed)
+    for_both = [weights(workdir, STEPS) for workdir in (tmp_path / "run", undisturbed)]
+    assert for_both[0] == for_both[1]
+
+
+def assert_lost(run: Launched, i: int) -> None:
+    said = run.said(i)
+    assert re.search(rf"process {i} of \d .* lost contact with the others at step \d+ of {STEPS}", said)
+    assert "Run the same command again on all hosts" in said
+
+
+def weights(workdir: Path, step: int) -> dict:
+    """The checksums of all arrays of a checkpoint."""
+    with checkpoints.Checkpoints(workdir, read_only=True) as saved:
+        return saved.meta(step)["crc32"]
+
+
+@pytest.mark.slow
+def test_four_processes_stop_together_and_their_checkpoint_serves_any_devices(
+    tmp_path, launch, undisturbed, config_file, data_dir
+):
+    stopped = launch(commands(4, config_file, tmp_path))
+    wait_for_step(tmp_path, 4)
+    stopped.processes[2].send_signal(signal.SIGTERM)
+    assert stopped.wait() == [75] * 4, stopped.err(0)
+    (step,) = {re.search(rf"stopped by SIGTERM: saved step (\d+) of {STEPS}", stopped.said(i))[1] for i in range(4)}
+
+    config = load(config_file, data_dir)
+    on = {devices: restored(config, tmp_path, devices) for devices in (1, 2, 8)}
+    for devices, state in on.items():
+        assert state["step"] == int(step)
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(state["model"])} == {devices}
+        jax.tree.map(np.testing.assert_array_equal, state, on[1])
+    train.train(load(config_file, data_dir, mesh__data=1), tmp_path, progress=metrics.Progress())
+    for of_four_then_one, of_two in zip(rows(tmp_path), rows(undisturbed), strict=True):
+        assert of_four_then_one == pytest.approx(of_two, rel=1e-4, abs=1e-6)
+
+
+def restored(config, workdir: Path, devices: int) -> dict:
+    """The newest checkpoint, on so many devices of this process."""
     with config.unlocked():
         config.mesh.data = devices
     run = train.build(config, None, None, training=True)
@@ -169,70 +267,151 @@ def saved_state(config, workdir, devices: int) -> dict:
     return {"step": found[0], **found[1]}
 
 
-def files(workdir) -> list[str]:
-    found = (str(path.relative_to(workdir)) for path in workdir.iterdir())
-    return sorted(name for name in found)
+# What processes must agree on
+
+AGREEING = """
+import json, os, signal, sys
+from pathlib import Path
+from aaconv import hosts
+
+port, i, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+hosts.start(f"localhost:{port}", 2, i, start_timeout=60, heartbeat_timeout=2)
+said = []
+
+def refused(check):
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        said.append(str(error))
+
+def only_in_1():
+    if i == 1:
+        raise OSError("no such disk")
+    return "fine"
+
+assert hosts.exchange({"i": i, "word": "x" * i}) == [{"i": 0, "word": ""}, {"i": 1, "word": "x"}]
+assert hosts.together(lambda: i) == i
+refused(lambda: hosts.together(only_in_1))
+hosts.check_alike({"config seed": 3, "version jax": "1"})
+refused(lambda: hosts.check_alike({"config seed": 3 + i, "version jax": "1", **({"code revision": "a"} if i else {})}))
+hosts.check_same_folder(folder)
+assert not list(folder.glob(".hosts*"))
+(folder / str(i)).mkdir()
+refused(lambda: hosts.check_same_folder(folder / str(i)))
+print(json.dumps(said), flush=True)
+hosts.at("step 3 of 9")
+if i == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)  # silent, as behind a broken network
+hosts.exchange("never")
+"""
 
 
-# One run
+def test_what_two_processes_agree_on_and_that_a_silent_one_ends_the_other(tmp_path, launch):
+    port = free_port()
+    run = launch([[sys.executable, "-c", AGREEING, port, i, tmp_path] for i in range(2)])
+    assert run.processes[0].wait(timeout=60) == hosts.LOST, run.err(0)
+    assert re.search(r"^aaconv: error: process 0 of 2 .* lost contact .* at step 3 of 9", run.err(0), re.MULTILINE)
+    host = socket.gethostname()
+    failed, unlike, elsewhere = json.loads(run.out(0))
+    assert failed == f"process 1 ({host}): no such disk"
+    assert unlike.splitlines()[1:] == [
+        f"  config seed: 4 in process 1 ({host}), 3 in process 0 ({host})",
+        f"  code revision: 'a' in process 1 ({host}), None in process 0 ({host})",
+    ]
+    assert f"{tmp_path}/0 is not one folder for all hosts: process 1 ({host}) does not see" in elsewhere
+    assert [text.replace("/1 is", "/0 is") for text in json.loads(run.out(1))] == ["no such disk", unlike, elsewhere]
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_run(tmp_path, launch, config_file, data_dir):
-    """The losses of one process; each example once an epoch; process 0 alone writes and prints."""
-    two, one = tmp_path / "two", tmp_path / "one"
-    run = launch(
-        [
-            [command[0], "-c", NOTING_EXAMPLES, tmp_path / f"examples{i}", *command[3:]]
-            for i, command in enumerate(commands(2, config_file, two))
-        ]
+# The roll call, before jax starts
+
+
+def answers(*of_each, timeout=10.0) -> list[BaseException | None]:
+    """What `hosts.start` raises in threads that stand for processes: (processes, process), and a delay in seconds."""
+    port, found = free_port(), [None] * len(of_each)
+
+    def come(place, processes, process):
+        try:
+            hosts.start(f"localhost:{port}", processes, process, start_timeout=timeout)
+        except Exception as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=come, args=(place, *numbers)) for place, numbers in enumerate(of_each)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_a_process_that_never_comes_is_named():
+    first, second = answers((3, 0), (3, 1), timeout=1.0)
+    assert isinstance(first, hosts.LostError) and isinstance(second, hosts.LostError)
+    assert re.search(
+        r"process 0 \(.*\) waited 1 s for process 2 of 3; there came 0 .*, 1 .*--start-timeout", str(first)
     )
-    train.train(load(config_file, data_dir, mesh__data=2), one, progress=metrics.Progress())
-    assert run.wait() == [0, 0], run.err(0) + run.err(1)
-    for of_two, of_one in zip(rows(two), rows(one), strict=True):
-        assert of_two == pytest.approx(of_one, rel=1e-4, abs=1e-6)
-    given = [np.loadtxt(tmp_path / f"examples{i}", dtype=int) for i in range(2)]
-    assert [part.shape for part in given] == [(STEPS, 32)] * 2
-    epochs = np.concatenate(given, axis=1).reshape(3, -1)
-    assert (np.sort(epochs, axis=1) == np.arange(1408)).all()
-    assert (epochs[0] != epochs[1]).any()
-    assert files(two) == sorted([*files(one), "curves.png"])  # which the command draws
-    assert len(list((two / "tensorboard").iterdir())) == 1
-    assert "trained" in run.out(0)
-    assert run.out(1) == ""
+    assert str(second) == str(first)
 
 
-@pytest.mark.slow
-def test_four_processes_stopped_killed_and_continued(tmp_path, launch, config_file, data_dir):
-    """To the bits of a run that nothing happened to; and their checkpoint serves any number of devices."""
-    disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
+def test_a_coordinator_that_cannot_be_reached_is_named():
+    (error,) = answers((2, 1), timeout=1.0)
+    assert isinstance(error, hosts.LostError)
+    words = (
+        r"process 1 of 2 \(.*\) waited 1 s for process 0 at localhost:\d+ \(Connection refused\). Check that --coord"
+    )
+    assert re.search(words, str(error))
+    with pytest.raises(hosts.LostError, match=r"process 0 at no-such-host\.invalid:80 \(.+\)\. Check"):
+        hosts.start("no-such-host.invalid:80", 2, 1, start_timeout=1)
 
-    def start(workdir):
-        return launch(commands(4, config_file, workdir, "--heartbeat-timeout", 10))
 
-    stopped = start(disturbed)
-    wait_for_step(disturbed, 4)
-    stopped.processes[2].send_signal(signal.SIGTERM)
-    assert stopped.wait() == [75] * 4, stopped.err(0)
-    (step,) = {re.search(r"stopped by SIGTERM: saved step (\d+) of 66", stopped.said(i))[1] for i in range(4)}
-    assert checkpoints.Checkpoints(disturbed, read_only=True).steps()[-1] == int(step)
+def test_something_else_at_the_coordinators_port():
+    with socket.create_server(("localhost", 0)) as server:
+        server.settimeout(5)
+        port = server.getsockname()[1]
 
-    killed = start(disturbed)
-    wait_for_step(disturbed, int(step) + 6)
-    killed.processes[1].kill()
-    began = time.monotonic()
-    assert killed.wait() == [hosts.LOST, -signal.SIGKILL, hosts.LOST, hosts.LOST]
-    assert time.monotonic() - began < 60
-    for i in (0, 2, 3):
-        assert re.search(rf"process {i} of 4 .* lost contact .* at step \d+ of 66", killed.said(i))
-        assert "Run the same command again on all hosts" in killed.said(i)
+        def speak():
+            line, _ = server.accept()
+            line.sendall(b"220 mail server\n")
+            line.close()
 
-    assert start(disturbed).wait() == [0] * 4
-    assert start(undisturbed).wait() == [0] * 4
-    assert rows(disturbed) == rows(undisturbed)
-    config = load(config_file, data_dir)
-    on = {devices: saved_state(config, disturbed, devices) for devices in (1, 2, 8)}
-    expected = saved_state(config, undisturbed, 1)
-    for devices, state in on.items():
-        assert {len(x.sharding.device_set) for x in jax.tree.leaves(state["model"])} == {devices}
-        jax.tree.map(np.testing.assert_array_equal, state, expected)
+        thread = threading.Thread(target=speak)
+        thread.start()
+        with pytest.raises(hosts.LostError, match=f"at localhost:{port} "):
+            hosts.start(f"localhost:{port}", 2, 1, start_timeout=1)
+        thread.join()
+        with pytest.raises(ValueError, match=f"process 0 .* cannot listen on port {port} .*another port"):
+            hosts.start(f"localhost:{port}", 2, 0, start_timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([(3, 0), (2, 1)], r"process 1 \(.*\) was started with --processes 2, process 0 \(.*\) with --processes 3"),
+        ([(3, 0), (3, 1), (3, 1)], "two processes have the index 1, on .* number them from 0 to 2"),
+    ],
+)
+def test_processes_that_contradict_each_other(numbers, words):
+    for error in answers(*numbers):
+        assert type(error) is ValueError
+        assert re.search(words, str(error))
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--processes", 2], "--coordinator and --process missing: several processes need all of"),
+        (["--coordinator", "a:1", "--process", 0], "--processes missing"),
+        (["--coordinator", "a:1", "--processes", 2, "--process", 2], "--process 2 must lie between 0 and 1"),
+        (["--coordinator", "a:1", "--processes", 2, "--process=-1"], "--process -1 must lie between 0 and 1"),
+        (["--coordinator", "a:1", "--processes", 0, "--process", 0], "--processes 0 must be at least 1"),
+        (["--coordinator", "a", "--processes", 2, "--process", 0], "--coordinator 'a' must be HOST:PORT"),
+        (["--coordinator", "a:99999", "--processes", 2, "--process", 0], "a free port there from 1 to 65535"),
+        (["--coordinator", "a:1", "--processes", "two", "--process", 0], "argument --processes: invalid int value"),
+        (["--start-timeout", 0.1], "--start-timeout=0.1 must be at least 1 second"),
+        (["--heartbeat-timeout", 0], "argument --heartbeat-timeout: 0 must be a number above 0"),
+    ],
+)
+def test_flags_that_do_not_fit(tmp_path, config_file, capfd, words, answer):
+    argv = ["train", "--config", config_file, "--workdir", tmp_path / "run", *words]
+    assert cli.main([str(word) for word in argv]) == 2
+    assert answer in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
