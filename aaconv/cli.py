@@ -1,8 +1,8 @@
-"""The ``aaconv`` command: train, eval, show, predict, prepare, bench, version.
+"""The ``aaconv`` command: train, eval, show, predict, prepare, bench, compile, plan, version.
 
 Results go to standard output, progress and remarks to standard error. Exit codes: 0 done;
-2 wrong input; 3 the loss became nan or infinite; 75 stopped after saving, and 76 another process
-of the run was lost: the same command goes on; 130 interrupted.
+2 wrong input; 3 the loss became nan or infinite; 4 compiled, but does not fit the memory; 75 stopped after saving, and
+76 another process of the run was lost: the same command goes on; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from aaconv.models.summary import Attention, Summary
     from aaconv.train import Restored
 
-OK, WRONG_INPUT, NOT_FINITE, STOPPED, INTERRUPTED = 0, 2, 3, 75, 130
+OK, WRONG_INPUT, NOT_FINITE, DOES_NOT_FIT, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 EXTRAS = {  # the extra that brings a package, by the name it is imported by
     **dict.fromkeys(
         "absl array_record etils grain ml_collections optax orbax PIL rich sklearn tensorflow_datasets".split(), "train"
@@ -206,6 +206,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     bench = groups.add_parser("bench", help="Measure what attention and training steps cost.")
     bench.description = "Measure what attention and training steps cost: medians after a warm-up, taken in turn."
     _add_benchmarks(partial(add, within=bench.add_subparsers(metavar="WHAT", parser_class=_Parser)))
+    _add_pods(add)
     add("version", _version, "Print the versions of aaconv and of what it runs on.")
     return parser, commands
 
@@ -283,6 +284,25 @@ def _add_benchmarks(add: Callable[..., _Parser]) -> None:
         )
         folder = f"runs/{command.prog.partition(' ')[2].replace(' ', '/')}"
         command.add_argument("--output", default=folder, metavar="DIR", help=f"for the files (default: {folder})")
+
+
+def _add_pods(add: Callable[..., _Parser]) -> None:
+    of_config = "config file, e.g. configs/imagenet_resnet.py; its data set need not be here"
+    compile = add(
+        "compile",
+        _compile,
+        "Compile the training and the evaluation step for a TPU slice that is not here: do they fit, what binds them?",
+        config=of_config,
+    )
+    compile.epilog = f"Exit code {DOES_NOT_FIT}: it does not fit. " + (compile.epilog or "")
+    compile.add_argument("--topology", default="", metavar="TPU", help="generation and layout, e.g. v5e:16x16")
+    only = compile.add_mutually_exclusive_group()
+    only.add_argument("--train-only", action="store_true", help="the training step alone")
+    only.add_argument("--eval-only", action="store_true", help="the evaluation step alone")
+    compile.add_argument(
+        "--no-largest-batch", action="store_true", help="do not look for the largest batch: fewer compilations"
+    )
+    compile.add_argument("--json", default="", metavar="FILE", help="write the figures to it as well")
 
 
 def _parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], argparse.Namespace]:
@@ -506,6 +526,24 @@ def _bench_step(arguments: argparse.Namespace) -> int:
         note=_say,
     )
     return OK
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments, or_workdir=False)
+    if not arguments.topology:
+        raise UsageError("--topology is missing: name a TPU slice, e.g. --topology v5e:16x16")
+    from aaconv.pods import compile
+
+    fits = compile.run(
+        config,
+        arguments.topology,
+        training=not arguments.eval_only,
+        evaluation=not arguments.train_only,
+        largest_batch=not arguments.no_largest_batch,
+        json_file=arguments.json,
+        note=_say,
+    )
+    return OK if fits else DOES_NOT_FIT
 
 
 def _version(arguments: argparse.Namespace) -> int:

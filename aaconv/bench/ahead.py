@@ -37,6 +37,7 @@ class Needs:
         does not say.
       refused: why it does not fit, in the compiler's figures; "" where it does.
       required: bytes it would need on the device, where it was refused.
+      message: all that the compiler said, where it was refused.
     """
 
     temporaries: int | None = None
@@ -45,6 +46,7 @@ class Needs:
     moved: int | None = None
     refused: str = ""
     required: int | None = None
+    message: str = ""
 
     @property
     def total(self) -> int | None:
@@ -153,7 +155,8 @@ def _refusal(message: str) -> Needs | None:
             return Needs(
                 refused=f"needs {needed} {unit}iB, the chip has {available} {available_unit}iB",
                 required=int(float(needed) * _UNITS[unit]),
+                message=message,
             )
     if "RESOURCE_EXHAUSTED" in message:
-        return Needs(refused="does not fit: " + message.strip().splitlines()[0][:160])
+        return Needs(refused="does not fit: " + message.strip().splitlines()[0][:160], message=message)
     return None

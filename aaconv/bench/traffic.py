@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -56,6 +56,78 @@ def hbm_bytes(hlo_text: str) -> int:
         return _Module(hlo_text).moved()
     except LookupError as error:
         raise ValueError(f"the program's text is not of a form that is known here: {error!r}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """One instruction of a compiled program, and how often a run executes it.
+
+    Attributes:
+      name, opcode: of the instruction.
+      type: of its result, as the program's text has it; ``operands`` the types of what it is given.
+      attributes: what stands after its operands.
+      times: how often; loops count with all their trips, and of a conditional every branch counts.
+      siblings: opcodes of the computation it stands in, which tells what it is fused with; empty outside fusions.
+    """
+
+    name: str
+    opcode: str
+    type: str
+    operands: tuple[str, ...]
+    attributes: str
+    times: int
+    siblings: frozenset[str]
+
+    @property
+    def op_name(self) -> str:
+        """Where the operation comes from: functions and layers, joined by ``/``; "" where it is not known."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
+def executed(hlo_text: str) -> Iterator[Executed]:
+    """Yields every instruction that a run of a compiled program executes, those inside fusions too.
+
+    Args:
+      hlo_text: as of `hbm_bytes`.
+
+    Raises:
+      ValueError: as of `hbm_bytes`.
+    """
+    try:
+        yield from _Module(hlo_text).executed()
+    except LookupError as error:
+        raise ValueError(f"the program's text is not of a form that is known here: {error!r}") from error
+
+
+def array_bytes(type_text: str) -> int:
+    """Bytes of the arrays of a type without padding, wherever they lie: what goes over a network.
+
+    Example:
+      >>> array_bytes("(f32[4]{0:T(128)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)})")
+      28
+    """
+    return sum(-(-math.prod(array.sizes) * array.bits // 8) for array in _arrays(type_text))
+
+
+def padded_bytes(type_text: str) -> int:
+    """Bytes of the arrays of a type in HBM, with their padding.
+
+    Example:
+      >>> padded_bytes("f32[4]{0:T(128)}")
+      512
+    """
+    return _bytes(type_text)
+
+
+def elements(type_text: str) -> list[str]:
+    """The types in a tuple's type; of another type, itself.
+
+    Example:
+      >>> elements("(f32[4]{0}, (s32[], pred[2]{0}))")
+      ['f32[4]{0}', '(s32[], pred[2]{0})']
+    """
+    return _elements(type_text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +299,29 @@ class _Module:
                 root = found[start[2]] if start[1] else root
         if self._entry not in self._computations:
             raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
+
+    def executed(self) -> Iterator[Executed]:
+        yield from self._executed(self._entry, 1, inside_fusion=False)
+
+    def _executed(self, name: str, times: int, *, inside_fusion: bool) -> Iterator[Executed]:
+        computation = self._computations[name]
+        opcodes = {x.opcode for x in computation.instructions.values()}
+        siblings = frozenset(opcodes) if inside_fusion else frozenset()
+        for x in computation.instructions.values():
+            operands = tuple(computation.instructions[operand].type for operand in x.operands)
+            yield Executed(x.name, x.opcode, x.type, operands, x.attributes, times, siblings)
+            if x.opcode == "while":
+                trips = self._trips(computation, x)
+                for inner in (*x.called("body"), *x.called("condition")):
+                    yield from self._executed(inner, times * trips, inside_fusion=inside_fusion)
+            elif x.opcode == "conditional":
+                for attribute in ("branch_computations", "true_computation", "false_computation"):
+                    for inner in x.called(attribute):
+                        yield from self._executed(inner, times, inside_fusion=inside_fusion)
+            elif x.opcode in ("call", "async-start", "fusion"):
+                for inner in (*x.called("calls"), *(x.called("to_apply") if x.opcode == "call" else ())):
+                    within = inside_fusion or x.opcode == "fusion"
+                    yield from self._executed(inner, times, inside_fusion=within)
 
     def moved(self) -> int:
         return self._computation(self._entry)
