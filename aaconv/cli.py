@@ -1,4 +1,4 @@
-"""The ``aaconv`` command: train, eval, show, predict, prepare, bench, compile, plan, version.
+"""The ``aaconv`` command: train, eval, show, predict, prepare, compile, plan, launch, bench, version.
 
 Results go to standard output, progress and remarks to standard error. Exit codes: 0 done;
 2 wrong input; 3 the loss became nan or infinite; 4 compiled, but does not fit the memory; 75 stopped after saving, and
@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from aaconv.train import Restored
 
 OK, WRONG_INPUT, NOT_FINITE, DOES_NOT_FIT, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
+GROUPS = {  # commands that have commands, and what is said of a wrong and of a missing one
+    "bench": ("does not measure", "nothing to measure"),
+    "launch": ("does not know", "nowhere to launch"),
+}
 EXTRAS = {  # the extra that brings a package, by the name it is imported by
     **dict.fromkeys(
         "absl array_record etils grain ml_collections optax orbax PIL rich sklearn tensorflow_datasets".split(), "train"
@@ -203,6 +208,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     prepare.add_argument(
         "--data-dir", metavar="DIR", help="where to (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
     )
+    launch = groups.add_parser("launch", help="Print what starts a training run on many hosts.")
+    launch.description = (
+        "Print what starts `aaconv train` on many hosts; nothing is run, put it into a file and read it."
+    )
+    _add_launchers(partial(add, within=launch.add_subparsers(metavar="WHERE", parser_class=_Parser)))
     bench = groups.add_parser("bench", help="Measure what attention and training steps cost.")
     bench.description = "Measure what attention and training steps cost: medians after a warm-up, taken in turn."
     _add_benchmarks(partial(add, within=bench.add_subparsers(metavar="WHAT", parser_class=_Parser)))
@@ -226,6 +236,66 @@ def _add_processes(command: _Parser) -> None:
     ):
         command.add_argument(
             f"--{name}-timeout", type=_positive, default=seconds, metavar="SECONDS", help=f"{what} (default: {seconds})"
+        )
+
+
+def _add_launchers(add: Callable[..., _Parser]) -> None:
+    config, workdir = "config file, as the hosts see it", "folder of the run that all hosts share"
+    slurm = add("launch slurm", _launch_slurm, "A script for sbatch.", config=config, workdir=workdir)
+    slurm.add_argument("--nodes", type=_whole, default=1, metavar="N", help="hosts (default: 1)")
+    slurm.add_argument(
+        "--gpus-per-node", type=_whole, default=0, metavar="N", help="one task each (default: CPUs only)"
+    )
+    slurm.add_argument("--cpus-per-task", type=_whole, default=0, metavar="N", help="default: Slurm's, often one")
+    slurm.add_argument("--time", default="", metavar="LIMIT", help="e.g. 4:00:00 (default: the partition's)")
+    slurm.add_argument("--partition", default="", metavar="NAME", help="default: Slurm's")
+    slurm.add_argument("--account", default="", metavar="NAME", help="default: Slurm's")
+    slurm.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="bash that comes before training, e.g. 'module load cuda'; may be repeated",
+    )
+    gke = add("launch gke", _launch_gke, "A JobSet for kubectl.", config=config, workdir=workdir)
+    gke.add_argument("--image", metavar="IMAGE", help="container image with aaconv and jax[tpu]")
+    gke.add_argument("--slices", type=_whole, default=1, metavar="N", help="of that topology (default: 1)")
+    gke.add_argument(
+        "--max-restarts",
+        type=_whole,
+        default=3,
+        metavar="N",
+        help="after errors; preemptions do not count (default: 3)",
+    )
+    gke.add_argument("--namespace", default="", metavar="NAME", help="default: kubectl's")
+    gke.add_argument("--service-account", default="", metavar="NAME", help="who may write the workdir")
+    tpu_vm = add("launch tpu-vm", _launch_tpu_vm, "gcloud commands for Cloud TPU.", config=config, workdir=workdir)
+    tpu_vm.add_argument("--zone", metavar="ZONE", help="e.g. us-west4-a")
+    tpu_vm.add_argument(
+        "--runtime", default="", metavar="VERSION", help="of the hosts' software (default: by generation)"
+    )
+    tpu_vm.add_argument(
+        "--install",
+        default="aaconv[train] jax[tpu]",
+        metavar="PACKAGES",
+        help="for pip, separated by spaces (default: %(default)s)",
+    )
+    for command in (gke, tpu_vm):
+        command.add_argument("--topology", metavar="TPU", help="of a slice, e.g. v5e:4x4")
+        command.add_argument("--name", default="", metavar="NAME", help="what it is called there")
+        command.add_argument("--spot", action="store_true", help="cheaper machines that may be taken away at any time")
+    for command in (slurm, gke):
+        command.add_argument(
+            "--save-seconds",
+            type=_whole,
+            default=300,
+            metavar="S",
+            help="for a step and a checkpoint, once told to stop (default: 300)",
+        )
+    for command in (slurm, gke, tpu_vm):
+        python = "python3 -m aaconv" if command is tpu_vm else "aaconv"
+        command.add_argument(
+            "--executable", default=python, metavar="COMMAND", help=f"starts aaconv there (default: {python})"
         )
 
 
@@ -318,13 +388,14 @@ def _parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], argparse.Namespac
         near = close_matches(argv[0], first) or f": give one of {', '.join(first)}"
         raise UsageError(f"unknown command {argv[0]!r}{near}")
     name = argv[0]
-    if name == "bench":
-        kinds = [command.split()[1] for command in commands if command.startswith("bench ")]
+    if name in GROUPS:
+        kinds = [command.split()[1] for command in commands if command.startswith(f"{name} ")]
         what = argv[1] if len(argv) > 1 else ""
         if what not in [*kinds, *asks_help]:
             near = close_matches(what, kinds) or f": give one of {', '.join(kinds)}"
-            raise UsageError(f"`aaconv bench` does not measure {what!r}{near}" if what else f"nothing to measure{near}")
-        name = f"bench {what}"
+            no, none = GROUPS[name]
+            raise UsageError(f"`aaconv {name}` {no} {what!r}{near}" if what else f"{none}{near}")
+        name = f"{name} {what}"
     rest, overrides = _take_overrides(argv)
     arguments, unknown = parser.parse_known_args(rest)
     if unknown:
@@ -487,6 +558,96 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     print(data.prepare(arguments.name, arguments.data_dir))
     return OK
+
+
+def _training(arguments: argparse.Namespace) -> Any:
+    from aaconv import launch
+
+    workdir = _need_workdir(arguments)
+    # What is wrong with a config is said here, not when hours later the hosts are there.
+    if arguments.config is None or _is_file(arguments.config) or arguments.function is not _launch_gke:
+        _load_config(arguments, or_workdir=False)
+    else:
+        _say(f"{arguments.config} is not on this machine, so it was not checked; it must be in the image")
+    return launch.Training(arguments.config, workdir, arguments.overrides, shlex.split(arguments.executable))
+
+
+def _is_file(config: str) -> bool:
+    return Path(config.partition(":")[0]).is_file()
+
+
+def _launch_slurm(arguments: argparse.Namespace) -> int:
+    from aaconv import launch
+
+    text = launch.slurm(
+        _training(arguments),
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        cpus_per_task=arguments.cpus_per_task,
+        time=arguments.time,
+        partition=arguments.partition,
+        account=arguments.account,
+        save_seconds=arguments.save_seconds,
+        setup=arguments.setup,
+    )
+    print(text, end="")
+    return OK
+
+
+def _launch_gke(arguments: argparse.Namespace) -> int:
+    from aaconv import launch
+
+    _need(arguments, topology="v5e:4x4", image="us-docker.pkg.dev/PROJECT/REPOSITORY/aaconv:latest")
+    text = launch.gke(
+        _training(arguments),
+        topology=arguments.topology,
+        image=arguments.image,
+        name=arguments.name,
+        slices=arguments.slices,
+        max_restarts=arguments.max_restarts,
+        save_seconds=arguments.save_seconds,
+        namespace=arguments.namespace,
+        service_account=arguments.service_account,
+        spot=arguments.spot,
+    )
+    _warn_of_own_disks(arguments, arguments.slices)
+    print(text, end="")
+    return OK
+
+
+def _launch_tpu_vm(arguments: argparse.Namespace) -> int:
+    from aaconv import launch
+
+    _need(arguments, topology="v5e:4x4", name="train-1", zone="us-west4-a")
+    text = launch.tpu_vm(
+        _training(arguments),
+        name=arguments.name,
+        zone=arguments.zone,
+        topology=arguments.topology,
+        spot=arguments.spot,
+        runtime=arguments.runtime,
+        install=arguments.install,
+    )
+    _warn_of_own_disks(arguments)
+    print(text, end="")
+    return OK
+
+
+def _need(arguments: argparse.Namespace, **examples: str) -> None:
+    for name, example in examples.items():
+        if not getattr(arguments, name):
+            raise UsageError(f"--{name} is missing, e.g. --{name} {example}")
+
+
+def _warn_of_own_disks(arguments: argparse.Namespace, slices: int = 1) -> None:
+    from aaconv import launch
+
+    hosts = launch.Slice.parse(arguments.topology).hosts * slices
+    if "://" not in arguments.workdir:
+        _say(
+            f"warning: --workdir {arguments.workdir} must be a disk that outlives the machines"
+            f"{f' and that all {hosts} hosts share' if hosts > 1 else ''}; gs://BUCKET/FOLDER is one"
+        )
 
 
 def _bench_attention(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = {"errors", "config"}
-LEAVES = {"data", "optim", "metrics", "parallel", "hosts", "checkpoints", "plots", "watch"}
+LEAVES = {"data", "optim", "metrics", "parallel", "hosts", "checkpoints", "plots", "watch", "launch"}
 CHAIN = ["ops", "layers", "models", "train", "bench", "cli"]  # each may import what stands left of it
 ALLOWED = {
     "__init__": {"ops", "layers", "models"},

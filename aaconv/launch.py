@@ -1,0 +1,437 @@
+"""What starts a run on many hosts: a Slurm script, a Kubernetes manifest, Cloud TPU commands. Nothing is run here.
+
+Every host runs the same ``aaconv train --config ... --workdir ...``, and all of the ways end alike. On SIGTERM to any
+process all of them save the same step and leave with exit code 75 (EX_TEMPFAIL of sysexits.h), which says: run the same
+command again. What is written here does that wherever the machine lets it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from aaconv.errors import close_matches
+
+SAVED = 75
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The command that every host runs.
+
+    Args:
+      config: config file, as every host sees it.
+      workdir: folder of the run, shared by all hosts: ``gs://...`` or a network disk.
+      overrides: ``KEY=VALUE`` of config keys.
+      executable: the words that start aaconv.
+
+    Example:
+      >>> print(shlex.join(Training("digits.py", "gs://bucket/run", ["seed=1"]).words()))
+      aaconv train --config digits.py --workdir gs://bucket/run --config.seed=1
+    """
+
+    config: str
+    workdir: str
+    overrides: Sequence[str] = ()
+    executable: Sequence[str] = ("aaconv",)
+
+    def words(self) -> list[str]:
+        """Returns the command, one element an argument."""
+        command = [*self.executable, "train", "--config", self.config, "--workdir", self.workdir]
+        command += [f"--config.{override}" for override in self.overrides]
+        for word in command:
+            _check_line("the command", word)
+        return command
+
+    def name(self) -> str:
+        """Returns the last part of the workdir, or "aaconv" where it has none."""
+        return self.workdir.rstrip("/").rpartition("/")[2].strip(".") or "aaconv"
+
+
+# Slurm
+
+
+def slurm(
+    training: Training,
+    *,
+    nodes: int,
+    gpus_per_node: int = 0,
+    cpus_per_task: int = 0,
+    time: str = "",
+    partition: str = "",
+    account: str = "",
+    save_seconds: int = 300,
+    setup: Sequence[str] = (),
+) -> str:
+    """Returns a script for ``sbatch``, which queues itself again whenever training was stopped after saving.
+
+    One task a GPU, because `jax.distributed` gives each task of Slurm the one device of its rank on the node; one task
+    a node where there are no GPUs, because a process uses all the cores it is given.
+
+    Args:
+      training: what is run.
+      nodes: hosts.
+      gpus_per_node: 0 for CPUs.
+      cpus_per_task: cores of each task; 0 leaves Slurm's default, which is often one.
+      time: limit of one part of the run, in Slurm's form, e.g. ``4:00:00``; "" for the partition's.
+      partition: "" for the default one.
+      account: "" for the default one.
+      save_seconds: how long before the time limit all processes are told to save and leave. It has to be enough for
+        one step and one checkpoint; Slurm may send it up to 60 s earlier.
+      setup: lines of bash that come before training, e.g. ``module load cuda``.
+
+    Raises:
+      ValueError: an argument holds a line break.
+
+    References:
+      https://slurm.schedmd.com/sbatch.html and srun.html; the signals were tried with Slurm 22.05.
+    """
+    options = {
+        "job-name": training.name(),
+        "nodes": nodes,
+        "ntasks-per-node": max(gpus_per_node, 1),
+        "gpus-per-node": gpus_per_node,
+        "cpus-per-task": cpus_per_task,
+        "time": time,
+        "partition": partition,
+        "account": account,
+        # To the tasks, not to this script (B:): srun hands no SIGTERM on, it kills its tasks.
+        "signal": f"TERM@{save_seconds}",
+        "open-mode": "append",
+    }
+    lines = [f"#SBATCH --{key}={_quote(key, str(value))}" for key, value in options.items() if value]
+    # A task that has left must not end the others, which are still saving, but a lost one must not hold them for ever.
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={save_seconds}"]
+    if cpus_per_task:
+        srun.append(f"--cpus-per-task={cpus_per_task}")  # since Slurm 22.05 not taken over from sbatch
+    for line in setup:
+        _check_line("setup", line)
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            "# Start it with: sbatch FILE. It runs in the folder it is submitted from and logs to slurm-JOB.out there.",
+            *lines,
+            "#SBATCH --requeue",
+            "",
+            *setup,
+            f"{_line(srun)} \\",
+            f"    {_line(training.words())}",
+            "code=$?",
+            f"# {SAVED}: on SIGTERM ({save_seconds} s before the time limit, or by `scancel --signal=TERM JOB`) all",
+            "# processes saved the same step; the same job goes on from there. A job that is not RUNNING any more is",
+            "# left alone: Slurm itself queues again what it preempts or takes from a broken node (--requeue), and what",
+            "# was cancelled stays cancelled.",
+            f'state=$([ "$code" -eq {SAVED} ] && squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
+            'if [ "$state" = RUNNING ]; then',
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'exit "$code"',
+            "",
+        ]
+    )
+
+
+# TPU slices
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A generation of TPUs: how Cloud TPU and Kubernetes Engine name it, and the slices there are."""
+
+    accelerator: str  # of Cloud TPU, before the number
+    cores_per_chip: int  # what that number counts
+    runtime: str
+    gke: str
+    machine: str
+    topologies: Sequence[str]
+
+
+_FLAT = tuple("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split())
+_CUBES = tuple("2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16".split())
+# https://cloud.google.com/tpu/docs/supported-tpu-configurations
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
+_KINDS = {
+    "v4": _Kind("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu", _CUBES),
+    "v5e": _Kind("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu", _FLAT),
+    "v5p": _Kind("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu", (*_CUBES, "16x16x16", "16x16x24")),
+    "v6e": _Kind("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard", _FLAT),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A TPU slice by its generation and topology, as in ``v5e:4x4``.
+
+    Example:
+      >>> found = Slice.parse("v5p:2x2x2")
+      >>> found.chips, found.hosts, found.chips_per_host, found.accelerator_type
+      (8, 2, 4, 'v5p-16')
+    """
+
+    kind: str
+    topology: str
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """Reads ``KIND:TOPOLOGY``.
+
+        Raises:
+          ValueError: there is no such slice; the message lists those there are.
+        """
+        kind, _, topology = text.partition(":")
+        if kind not in _KINDS:
+            near = close_matches(kind, _KINDS) or f": the kinds are {', '.join(_KINDS)}"
+            raise ValueError(f"--topology {text!r} names no TPU{near}; write it as v5e:4x4")
+        known = _KINDS[kind].topologies
+        if topology not in known:
+            raise ValueError(f"--topology {text!r}: {kind} has no slice {topology!r}, but {', '.join(known)}")
+        return cls(kind, topology)
+
+    @property
+    def chips(self) -> int:
+        return math.prod(map(int, self.topology.split("x")))
+
+    @property
+    def chips_per_host(self) -> int:
+        """4, but one host holds all of a flat slice of eight."""
+        return self.chips if self.chips <= 8 and self.kind in ("v5e", "v6e") else 4
+
+    @property
+    def hosts(self) -> int:
+        return self.chips // self.chips_per_host
+
+    @property
+    def accelerator_type(self) -> str:
+        """Cloud TPU's name, whose number counts chips for v5e and v6e and TensorCores, two a chip, for v4 and v5p."""
+        kind = _KINDS[self.kind]
+        return f"{kind.accelerator}-{self.chips * kind.cores_per_chip}"
+
+
+def gke(
+    training: Training,
+    *,
+    topology: str,
+    image: str,
+    name: str = "",
+    slices: int = 1,
+    max_restarts: int = 3,
+    save_seconds: int = 300,
+    namespace: str = "",
+    service_account: str = "",
+    spot: bool = False,
+) -> str:
+    """Returns a JobSet for ``kubectl apply``, as YAML: one pod a host, one Job a slice.
+
+    Where a pod leaves with 75 or is evicted, all start again, however often; after other failures `max_restarts` times.
+
+    Args:
+      training: what is run; the config file is looked for in the image.
+      topology: one slice, e.g. ``v5e:4x4``.
+      image: container image with aaconv and jax for TPUs.
+      name: of the JobSet; "" for the workdir's last part.
+      slices: of that topology.
+      max_restarts: after failures other than an exit with 75.
+      save_seconds: between SIGTERM and SIGKILL of a pod.
+      namespace: "" for kubectl's.
+      service_account: of Kubernetes, which may write the workdir; "" for the default one.
+      spot: use spot nodes, which may be taken away at any time.
+
+    Raises:
+      ValueError: no such topology, or a name that Kubernetes does not take.
+
+    References:
+      https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/ and
+      https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-failure-policy
+    """
+    import yaml  # comes with flax
+
+    found = Slice.parse(topology)
+    kind = _KINDS[found.kind]
+    name = _resource_name(name, training.name())
+    machine = f"{kind.machine}-{found.chips_per_host}t"
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": kind.gke,
+        "cloud.google.com/gke-tpu-topology": found.topology,
+    }
+    tpus = {"google.com/tpu": found.chips_per_host}
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",  # of single pods: a slice only works with all of its processes started together
+        "terminationGracePeriodSeconds": save_seconds,
+        "nodeSelector": selector | ({"cloud.google.com/gke-spot": "true"} if spot else {}),
+        "containers": [
+            {
+                "name": "aaconv",
+                "image": image,
+                # Kubernetes would put in the values of variables written $(NAME).
+                "command": [word.replace("$(", "$$(") for word in training.words()],
+                "resources": {"requests": dict(tpus), "limits": dict(tpus)},
+                "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
+            }
+        ],
+        # Processes that read data hand over images in shared memory, of which a container has 64 MB by default.
+        "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
+    }
+    if service_account:
+        pod["serviceAccountName"] = service_account
+    job = {
+        "parallelism": found.hosts,
+        "completions": found.hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": "aaconv", "operator": "In", "values": [SAVED]},
+                },
+                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
+        "template": {"spec": pod},
+    }
+    # One Job on one slice: the controller keeps two Jobs from sharing a pool of nodes.
+    annotations = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    manifest = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": name}
+        | ({"namespace": namespace} if namespace else {})
+        | ({"annotations": annotations} if slices > 1 else {}),
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": max_restarts,
+                "rules": [
+                    {
+                        "action": "RestartJobSetAndIgnoreMaxRestarts",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    }
+                ],
+            },
+            "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
+        },
+    }
+    head = [
+        "# Start it with: kubectl apply --filename FILE. Follow it with:",
+        f"#   kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name={name},"
+        "batch.kubernetes.io/job-completion-index=0",
+        f"# It needs the JobSet controller, and {_count(slices, 'pool')} of {_count(found.hosts, 'node')} made with",
+        f"#   --machine-type={machine} --tpu-topology={found.topology}",
+        f"# Exit code {SAVED} (SIGTERM came, all processes saved the same step) and evictions fail the Job by its",
+        "# podFailurePolicy, and the JobSet starts all pods again, which go on from the last checkpoint. A pod has",
+        f"# {save_seconds} s for that, or the 25 s that a spot node leaves it; other failures are tried again"
+        f" {max_restarts} times.",
+    ]
+    return "\n".join([*head, yaml.safe_dump(manifest, sort_keys=False, width=1000)])
+
+
+def tpu_vm(
+    training: Training,
+    *,
+    name: str,
+    zone: str,
+    topology: str,
+    spot: bool = False,
+    runtime: str = "",
+    install: str = "aaconv[train] jax[tpu]",
+) -> str:
+    """Returns the ``gcloud`` commands that make a Cloud TPU slice, train on all its hosts, and give it back.
+
+    Args:
+      training: what is run; the config file is copied to each host, and found there by its name alone.
+      name: of the slice.
+      zone: e.g. ``us-west4-a``.
+      topology: e.g. ``v5e:4x4``.
+      spot: a queued resource on spot machines, which may be taken away at any time.
+      runtime: version of the software on the hosts; "" for the generation's own.
+      install: what pip installs on each host, separated by spaces.
+
+    Raises:
+      ValueError: no such topology, or a name that Cloud TPU does not take.
+
+    References:
+      https://cloud.google.com/sdk/gcloud/reference/compute/tpus
+    """
+    found = Slice.parse(topology)
+    name = _resource_name(name, "")
+    _check_line("zone", zone)
+    gcloud = ["gcloud", "compute", "tpus"]
+    where = f"--zone={zone}"
+    runtime = runtime or _KINDS[found.kind].runtime
+    kind = f"--accelerator-type={found.accelerator_type}"
+    if spot:
+        queue = [*gcloud, "queued-resources"]
+        create = [*queue, "create", name, f"--node-id={name}", where, kind, f"--runtime-version={runtime}", "--spot"]
+        delete = [*queue, "delete", name, where, "--force", "--quiet"]
+        wait = [*queue, "describe", name, where, "--format=value(state.state)"]
+    else:
+        create = [*gcloud, "tpu-vm", "create", name, where, kind, f"--version={runtime}"]
+        delete = [*gcloud, "tpu-vm", "delete", name, where, "--quiet"]
+        wait = []
+
+    def on_all(command: Sequence[str]) -> list[str]:
+        # Quoted twice: ssh hands the hosts one string, which a shell there splits again.
+        return [*gcloud, "tpu-vm", "ssh", name, where, "--worker=all", f"--command={shlex.join(command)}"]
+
+    # A config may be FILE:ARGUMENT.
+    file, colon, argument = training.config.partition(":")
+    there = dataclasses.replace(training, config=file.rpartition("/")[2] + colon + argument)
+    steps = [
+        (f"{found.kind} {found.topology}: {_count(found.chips, 'chip')}, {_count(found.hosts, 'host')}", create),
+        ("Go on when this prints ACTIVE", wait),
+        (
+            "Install on every host",
+            on_all(["python3", "-m", "pip", "install", "--quiet", "--upgrade", *install.split()]),
+        ),
+        ("Copy the config to every host", [*gcloud, "tpu-vm", "scp", file, f"{name}:", where, "--worker=all"]),
+        ("Train on every host; the log of all of them comes back here", on_all(there.words())),
+        ("Give the slice back", delete),
+    ]
+    lines = []
+    for title, command in steps:
+        if command:
+            lines += [f"# {title}", _line(command), ""]
+    again = "delete the slice and start over from the first command" if spot else "start over from the training command"
+    lines += [
+        "# Maintenance or preemption sends SIGTERM to the hosts: all processes save the same step and leave with exit",
+        f"# code {SAVED}. Whenever training ended before its end, {again}:",
+        "# the run goes on from its last checkpoint.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _line(words: Sequence[str]) -> str:
+    """Like `shlex.join`, with quotes only around the value of ``--flag=value``."""
+    flags = [re.fullmatch(r"(--[-\w.]+=)(.+)", word, re.DOTALL) for word in words]
+    return " ".join(
+        flag[1] + shlex.quote(flag[2]) if flag else shlex.quote(word) for flag, word in zip(flags, words, strict=True)
+    )
+
+
+def _resource_name(name: str, otherwise: str) -> str:
+    made = name or re.sub(r"[^a-z0-9]+", "-", otherwise.lower()).strip("-")[:40].strip("-") or "aaconv"
+    # As label of DNS; JobSet adds up to 23 characters of its own for pods.
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", made):
+        raise ValueError(
+            f"--name {made!r} must start with a letter, hold only a-z, 0-9 and -, not end in -, and have at most 40 "
+            "characters: name it for example train-1"
+        )
+    return made
+
+
+def _quote(key: str, value: str) -> str:
+    # sbatch reads its lines with the quotes of a shell.
+    _check_line(f"--{key}", value)
+    return shlex.quote(value)
+
+
+def _check_line(what: str, text: str) -> None:
+    if "\n" in text or "\r" in text:
+        raise ValueError(f"{what} holds a line break in {text!r}: write it on one line")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
