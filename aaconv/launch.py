@@ -123,7 +123,7 @@ def slurm(
             "code=$?",
             f"# {SAVED}: on SIGTERM ({save_seconds} s before the time limit, or by `scancel --signal=TERM JOB`) all",
             "# processes saved the same step; the same job goes on from there. A job that is not RUNNING any more is",
-            "# left alone: Slurm itself queues again what it preempts or takes from a broken node (--requeue), and what",
+            "# left alone: Slurm itself queues again what it preempts or takes from a broken node (--requeue); what",
             "# was cancelled stays cancelled.",
             f'state=$([ "$code" -eq {SAVED} ] && squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
             'if [ "$state" = RUNNING ]; then',

@@ -1,0 +1,561 @@
+"""What `aaconv launch` prints is run where it can be: by a real Slurm, and by bash with a gcloud that only listens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aaconv import launch, metrics
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+# A Slurm of two nodes, both on this machine
+
+
+class Slurm:
+    """Daemons of Slurm and munge with their own configuration in `folder`; nothing is read from /etc."""
+
+    NEEDS = ("munged", "slurmctld", "slurmd", "sbatch")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": self.search_path()}
+        user = subprocess.check_output(["id", "--user", "--name"], text=True).strip()
+        here = self.nodes()[0]
+        ports = free_ports(3)
+        # The first node is where jax's coordinator is looked for, so its name must be one that resolves.
+        lines = {
+            "ClusterName": "test",
+            "SlurmctldHost": f"{here}(127.0.0.1)",
+            "SlurmctldPort": ports[0],
+            "SlurmUser": user,
+            "SlurmdUser": user,
+            "AuthType": "auth/munge",
+            # A job waits this long before it starts again, and five seconds are the least.
+            "AuthInfo": f"socket={folder}/munge/socket,cred_expire=5",
+            "CredType": "cred/munge",
+            "FirstJobId": random.randrange(1000, 5000),  # jax derives its port from it
+            "SlurmctldPidFile": f"{folder}/slurmctld.pid",
+            "SlurmctldLogFile": f"{folder}/slurmctld.log",
+            "SlurmdPidFile": f"{folder}/slurmd-%n.pid",
+            "SlurmdLogFile": f"{folder}/slurmd-%n.log",
+            "SlurmdSpoolDir": f"{folder}/spool-%n",
+            "StateSaveLocation": f"{folder}/state",
+            # Nothing that needs control groups or accounting.
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "JobAcctGatherType": "jobacct_gather/none",
+            "AccountingStorageType": "accounting_storage/none",
+            "SelectType": "select/linear",
+            "SchedulerType": "sched/builtin",
+            "MpiDefault": "none",
+            "KillWait": 30,
+        }
+        nodes = [
+            f"NodeName={name} NodeHostname={here} NodeAddr=127.0.0.1 Port={port} CPUs=1"
+            for name, port in zip(self.nodes(), ports[1:], strict=True)
+        ]
+        partition = "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+        text = [*(f"{key}={value}" for key, value in lines.items()), *nodes, partition, ""]
+        (folder / "slurm.conf").write_text("\n".join(text))
+
+    @staticmethod
+    def nodes() -> list[str]:
+        first = socket.gethostname().partition(".")[0]
+        return [first, f"{first}-two"]
+
+    @staticmethod
+    def search_path() -> str:
+        return f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where the daemons are, and not on every user's path
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Slurm]:
+        munge = self.folder / "munge"
+        for path in (munge, self.folder / "state"):
+            path.mkdir()
+        (munge / "key").write_bytes(random.randbytes(128))
+        (munge / "key").chmod(0o600)
+        files = [f"--{kind}-file={munge / kind}" for kind in ("key", "log", "pid", "seed")]
+        daemons = [
+            # Folders of pytest belong to this user alone, which munged takes for a mistake.
+            ["munged", "--foreground", "--force", f"--socket={munge}/socket", *files],
+            ["slurmctld", "-D"],
+            *(["slurmd", "-D", "-N", node] for node in self.nodes()),
+        ]
+        started = []
+        try:
+            for daemon in daemons:
+                with (self.folder / f"{daemon[0]}-{len(started)}.out").open("w") as out:
+                    started.append(subprocess.Popen(daemon, env=self.environment, stdout=out, stderr=out))
+                if daemon[0] == "munged":
+                    wait_for((munge / "socket").exists, 30, "munged's socket")
+            wait_for(lambda: self.call("sinfo", "-ho%T", check=False).split() == ["idle"], 60, "two idle nodes")
+            yield self
+            self.call("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}", check=False)
+            wait_for(lambda: not self.call("squeue", "-h", check=False), 60, "the jobs to end")
+        finally:
+            for daemon in reversed(started):
+                daemon.terminate()
+            for daemon in started:
+                daemon.wait(timeout=60)
+
+    def call(self, *command: str, check: bool = True) -> str:
+        done = subprocess.run(command, env=self.environment, cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0 or not check, done.stderr
+        return done.stdout
+
+    def submit(self, script: str) -> str:
+        (self.folder / "job.sh").write_text(script)
+        return self.call("sbatch", "--parsable", "job.sh").strip()
+
+    def field(self, job: str, name: str) -> str:
+        shown = self.call("scontrol", "show", "job", job)
+        return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)[name]
+
+    def log(self, job: str) -> str:
+        path = self.folder / f"slurm-{job}.out"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory) -> Iterator[Slurm]:
+    missing = [name for name in Slurm.NEEDS if shutil.which(name, path=Slurm.search_path()) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} on this machine: install slurm-wlm and munge (Debian's names)")
+    with Slurm(tmp_path_factory.mktemp("slurm")).running() as cluster:
+        yield cluster
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for(done: Callable[[], object], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"no {what} within {seconds} s"
+        time.sleep(0.1)
+
+
+# Slurm
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    c = ConfigDict()
+    c.model = ConfigDict(dict(name="aa_wrn", depth=10, width=1, kappa=0.5, upsilon=0.25, num_heads=2, min_key_depth=4))
+    c.data = ConfigDict(dict(name="digits", channels=1, mean=(0.3,), std=(0.4,), data_dir="{data_dir}"))
+    c.batch_size, c.eval_batch_size, c.num_steps = 64, 120, {num_steps}
+    c.log_every_steps = 1
+    c.eval_every_epochs = 1000.0
+    return c
+"""
+# Until `aaconv train` asks for the other processes by itself.
+WORKER = """
+import sys
+
+import jax
+
+jax.distributed.initialize()
+from aaconv import cli
+
+sys.exit(cli.main(sys.argv[1:]))
+"""
+# In the place of training: saves when it is told to, and is done when it runs again.
+PATIENT = """#!/bin/bash
+echo "task $SLURM_PROCID, restart ${SLURM_RESTART_COUNT:-0}: $*"
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && exit 0
+trap 'sleep 1; echo saved; exit 75' TERM
+while true; do sleep 0.1; done
+"""
+
+
+@pytest.fixture(scope="module")
+def patient(slurm) -> launch.Training:
+    # Not a space in the name itself: Slurm without control groups (proctrack/linuxproc) would lose sight of it.
+    program = slurm.folder / "a folder/patient"
+    program.parent.mkdir()
+    program.write_text(PATIENT)
+    program.chmod(0o755)
+    return launch.Training("digits.py", "it's $HOME", ['a="x, y"'], [str(program)])
+
+
+def running_job(slurm: Slurm, training: launch.Training, **options) -> str:
+    job = slurm.submit(launch.slurm(training, nodes=2, save_seconds=60, **options))
+    wait_for(lambda: slurm.log(job).count("restart 0") == 2, 60, "output of both tasks")
+    return job
+
+
+@pytest.mark.slow
+def test_slurm_runs_one_task_a_node_with_the_arguments_as_they_are(slurm, patient):
+    job = running_job(slurm, patient, setup=["echo set up"])
+    slurm.call("scancel", "--signal=TERM", job)
+    wait_for(lambda: slurm.field(job, "JobState") == "COMPLETED", 60, "end of the job that ran again")
+    assert slurm.field(job, "Restarts") == "1"
+    lines = slurm.log(job).splitlines()
+    assert lines.count("set up") == 2 and lines.count("saved") == 2
+    said = 'train --config digits.py --workdir it\'s $HOME --config.a="x, y"'
+    for restart in (0, 1):
+        for task in (0, 1):
+            assert f"task {task}, restart {restart}: {said}" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "state", "restarts"),
+    [(("scancel",), "CANCELLED", "0"), (("scontrol", "requeue"), "COMPLETED", "1")],
+    ids=["cancelled", "taken away by Slurm"],
+)
+def test_slurm_jobs_that_are_stopped_by_others_start_again_only_if_they_should(
+    slurm, patient, command, state, restarts
+):
+    """Cancelling sends SIGTERM too, the tasks leave with 75, and the script must not bring the job back."""
+    job = running_job(slurm, patient)
+    slurm.call(*command, job)
+    wait_for(lambda: slurm.field(job, "JobState") == state, 60, f"job that is {state}")
+    assert slurm.log(job).count("saved") == 2
+    # Not merely between two runs.
+    wait_for(lambda: slurm.field(job, "EndTime") != "Unknown", 60, "end")
+    assert (slurm.field(job, "JobState"), slurm.field(job, "Restarts")) == (state, restarts)
+
+
+@pytest.mark.slow
+def test_slurm_training_is_stopped_goes_on_and_gives_what_one_process_gives(slurm, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    config = tmp_path / "digits.py"
+    config.write_text(CONFIG.format(data_dir=tmp_path / "tfds", num_steps=12))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+
+    def aaconv(*words: str, devices: int = 2) -> None:
+        command = [sys.executable, "-m", "aaconv", *words]
+        subprocess.run(command, env={**environment, "JAX_NUM_CPU_DEVICES": str(devices)}, check=True, timeout=300)
+
+    aaconv("prepare", "digits", "--data-dir", str(tmp_path / "tfds"))
+    aaconv("train", "--config", str(config), "--workdir", str(tmp_path / "one"))
+    training = launch.Training(str(config), str(tmp_path / "two"), (), [sys.executable, str(tmp_path / "worker.py")])
+    setup = [
+        f"export {name}={shlex.quote(value)}"
+        for name, value in environment.items()
+        if name.startswith(("JAX", "PYTHONP"))
+    ]
+    job = slurm.submit(launch.slurm(training, nodes=2, setup=[*setup, "export JAX_NUM_CPU_DEVICES=1"]))
+    try:
+        wait_for(lambda: metrics.read_rows(tmp_path / "two") or "exit code" in slurm.log(job), 240, "first step")
+        slurm.call("scancel", "--signal=TERM", job)
+        wait_for(lambda: slurm.field(job, "JobState") not in ("RUNNING", "COMPLETING", "PENDING"), 300, "end")
+    finally:
+        print(slurm.log(job))
+    assert (slurm.field(job, "JobState"), slurm.field(job, "Restarts")) == ("COMPLETED", "1")
+    one, two = (metrics.read_rows(tmp_path / name) for name in ("one", "two"))
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    for name in ("train/loss", "eval/loss"):
+        values = [[row[name] for row in rows if name in row] for rows in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+def test_slurm_options_and_what_cannot_be_one():
+    script = launch.slurm(
+        launch.Training("c.py", "runs/a b"), nodes=2, gpus_per_node=8, cpus_per_task=12, time="4:00:00"
+    )
+    lines = script.splitlines()
+    for option in ("job-name='a b'", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=4:00:00"):
+        assert f"#SBATCH --{option}" in lines
+    # Slurm's srun does not take the number of cores over from the job.
+    assert "srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task=12 \\" in lines
+    with pytest.raises(ValueError, match=r"line break in 'a\\nb'"):
+        launch.slurm(launch.Training("c.py", "a\nb"), nodes=1)
+
+
+# Kubernetes
+
+
+REQUIRED, INTEGER, STRING, BOOLEAN = object(), int, str, bool
+COUNT = {"google.com/tpu": INTEGER}
+CONTAINER = {
+    "name": (REQUIRED, STRING),
+    "image": (REQUIRED, STRING),
+    "command": [STRING],
+    "resources": {"requests": COUNT, "limits": COUNT},
+    "volumeMounts": [{"name": (REQUIRED, STRING), "mountPath": (REQUIRED, STRING)}],
+}
+POD = {
+    "restartPolicy": ("Never",),  # the only one that goes with a podFailurePolicy
+    "terminationGracePeriodSeconds": INTEGER,
+    "serviceAccountName": STRING,
+    "nodeSelector": {
+        "cloud.google.com/gke-tpu-accelerator": STRING,
+        "cloud.google.com/gke-tpu-topology": STRING,
+        "cloud.google.com/gke-spot": STRING,
+    },
+    "containers": (REQUIRED, [CONTAINER]),
+    "volumes": [{"name": (REQUIRED, STRING), "emptyDir": {"medium": ("Memory",)}}],
+}
+EXIT_CODES = {"containerName": STRING, "operator": (REQUIRED, ("In", "NotIn")), "values": (REQUIRED, [INTEGER])}
+JOB = {
+    "parallelism": INTEGER,
+    "completions": INTEGER,
+    "completionMode": ("Indexed", "NonIndexed"),
+    "backoffLimit": INTEGER,
+    "podFailurePolicy": {
+        "rules": (
+            REQUIRED,
+            [
+                {
+                    "action": (REQUIRED, ("FailJob", "FailIndex", "Ignore", "Count")),
+                    "onExitCodes": EXIT_CODES,
+                    "onPodConditions": [{"type": (REQUIRED, STRING), "status": STRING}],
+                }
+            ],
+        )
+    },
+    "template": (REQUIRED, {"spec": POD}),
+}
+JOB_SET = {  # what we use of JobSet v1alpha2 and of the Jobs within; keys, kinds and choices as of their definition
+    "apiVersion": (REQUIRED, ("jobset.x-k8s.io/v1alpha2",)),
+    "kind": (REQUIRED, ("JobSet",)),
+    "metadata": (REQUIRED, {"name": (REQUIRED, STRING), "namespace": STRING, "annotations": dict}),
+    "spec": (
+        REQUIRED,
+        {
+            "failurePolicy": {
+                "maxRestarts": INTEGER,
+                "rules": [
+                    {
+                        "action": (
+                            REQUIRED,
+                            ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
+                        ),
+                        "onJobFailureReasons": [
+                            ("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded")
+                            + ("PodFailurePolicy",)
+                        ],
+                        "targetReplicatedJobs": [STRING],
+                    }
+                ],
+            },
+            "replicatedJobs": [
+                {"name": (REQUIRED, STRING), "replicas": INTEGER, "template": (REQUIRED, {"spec": (REQUIRED, JOB)})}
+            ],
+        },
+    ),
+}
+
+
+def faults(value, schema, where: str = "manifest") -> list[str]:
+    """Says where `value` departs from `schema`, strictly: a key that is not in it is a fault."""
+    if isinstance(schema, tuple):
+        if schema[0] is REQUIRED:
+            return faults(value, schema[1], where)
+        return [] if value in schema else [f"{where} is {value!r}, none of {schema}"]
+    if isinstance(schema, type):
+        right = isinstance(value, schema) and not (schema is int and isinstance(value, bool))
+        return [] if right else [f"{where} is {value!r}, no {schema.__name__}"]
+    if isinstance(schema, list):
+        if not isinstance(value, list) or not value:
+            return [f"{where} is {value!r}, no list of something"]
+        return [fault for i, one in enumerate(value) for fault in faults(one, schema[0], f"{where}[{i}]")]
+    if not isinstance(value, dict):
+        return [f"{where} is {value!r}, no object"]
+    found = [f"{where} has no key {key}" for key in value.keys() - schema.keys()]
+    needed = {key for key, one in schema.items() if isinstance(one, tuple) and one[0] is REQUIRED}
+    found += [f"{where} lacks {key}" for key in needed - value.keys()]
+    return found + [
+        f for key in value.keys() & schema.keys() for f in faults(value[key], schema[key], f"{where}.{key}")
+    ]
+
+
+TRAINING = launch.Training("configs/digits.py", "gs://bucket/my_Run", ["data.name=$(HOME) $HOME 'x, \"y\"'"])
+
+
+def manifest(**options):
+    return yaml.safe_load(launch.gke(TRAINING, **{"topology": "v5e:4x4", "image": "image:1", **options}))
+
+
+def kubernetes_expands(word: str, variables: dict[str, str]) -> str:
+    """Puts in values as Kubernetes does in a command: $(NAME) where it knows it, and $$ for one $."""
+    known = lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0])
+    return re.sub(r"\$\$|\$\((\w+)\)", known, word)
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts", "chips", "selector"),
+    [
+        ({}, 4, 4, ("tpu-v5-lite-podslice", "4x4")),
+        ({"topology": "v5e:2x4", "spot": True}, 1, 8, ("tpu-v5-lite-podslice", "2x4")),
+        ({"topology": "v4:2x2x2", "slices": 2, "namespace": "ml"}, 2, 4, ("tpu-v4-podslice", "2x2x2")),
+        ({"topology": "v5p:4x4x4", "service_account": "writer"}, 16, 4, ("tpu-v5p-slice", "4x4x4")),
+        ({"topology": "v6e:16x16"}, 64, 4, ("tpu-v6e-slice", "16x16")),
+        ({"topology": "v6e:1x1"}, 1, 1, ("tpu-v6e-slice", "1x1")),
+    ],
+    ids=str,
+)
+def test_gke_manifest(options, hosts, chips, selector):
+    made = manifest(**options)
+    assert faults(made, JOB_SET) == []
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", made["metadata"]["name"])
+    replicated = made["spec"]["replicatedJobs"][0]
+    job = replicated["template"]["spec"]
+    assert replicated["replicas"] == options.get("slices", 1)
+    assert (job["parallelism"], job["completions"]) == (hosts, hosts)
+    pod = job["template"]["spec"]
+    container = pod["containers"][0]
+    assert container["resources"]["requests"] == container["resources"]["limits"] == {"google.com/tpu": chips}
+    chosen = pod["nodeSelector"]
+    assert (
+        chosen["cloud.google.com/gke-tpu-accelerator"],
+        chosen["cloud.google.com/gke-tpu-topology"],
+    ) == selector
+    assert ("cloud.google.com/gke-spot" in chosen) == options.get("spot", False)
+
+
+def test_gke_runs_the_command_word_by_word():
+    made = manifest()
+    container = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert [kubernetes_expands(word, {"HOME": "/root"}) for word in container["command"]] == TRAINING.words()
+
+
+def test_gke_starts_again_after_a_save_without_counting_it():
+    spec = manifest(max_restarts=5, save_seconds=99)["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    saved, evicted = job["podFailurePolicy"]["rules"]
+    assert saved["onExitCodes"]["values"] == [75]
+    assert saved["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
+    assert evicted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert job["template"]["spec"]["terminationGracePeriodSeconds"] == 99
+    assert spec["failurePolicy"]["maxRestarts"] == 5
+    rule = spec["failurePolicy"]["rules"][0]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda job: job.update(completion=4), "has no key completion"),
+        (lambda job: job.pop("template"), "lacks template"),
+        (lambda job: job.update(completions="4"), "completions is '4', no int"),
+        (lambda job: job["template"]["spec"].update(restartPolicy="OnFailure"), "restartPolicy is 'OnFailure'"),
+        (lambda job: job["template"]["spec"].update(containers=[]), "no list of something"),
+    ],
+)
+def test_the_check_of_manifests_finds_faults(change, fault):
+    made = manifest()
+    change(made["spec"]["replicatedJobs"][0]["template"]["spec"])
+    found = faults(made, JOB_SET)
+    assert len(found) == 1 and fault in found[0]
+
+
+# Cloud TPU
+
+
+GCLOUD = """#!{python}
+import json, os, subprocess, sys
+with open({log!r}, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+for word in sys.argv:
+    if word.startswith("--command="):
+        subprocess.run(["bash", "-c", word.removeprefix("--command=")], check=True)  # as ssh does
+"""
+RECORD = """#!{python}
+import json, sys
+with open({log!r}, "a") as file:
+    file.write(json.dumps(["python3", *sys.argv[1:]]) + "\\n")
+"""
+
+
+def run_with_fake_gcloud(script: str, folder: Path) -> list[list[str]]:
+    """Returns the arguments of each program that bash starts when it reads `script`."""
+    log = folder / "calls"
+    for name, text in (("gcloud", GCLOUD), ("python3", RECORD)):
+        (folder / name).write_text(text.format(python=sys.executable, log=str(log)))
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": "/nowhere"}
+    done = subprocess.run(["bash", "-eu"], input=script, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+HARD_VALUES = ["a b", "it's", 'say "x"', "$HOME", "`id`", "$(id)", "2,3", "a\\b", "", "!", "*", "# no", "; exit 3", "é"]
+
+
+@pytest.mark.parametrize("spot", [False, True], ids=["on demand", "spot"])
+def test_tpu_vm_commands_survive_two_shells(tmp_path, spot):
+    overrides = [f"data.name={value}" for value in HARD_VALUES]
+    training = launch.Training("configs/my file.py:it's", "gs://bucket/a $run", overrides, ["python3", "-m", "aaconv"])
+    script = launch.tpu_vm(training, name="train-1", zone="us-west4-a", topology="v5e:4x4", spot=spot)
+    calls = run_with_fake_gcloud(script, tmp_path)
+    there = [call for call in calls if call[0] == "python3"]
+    assert there[0] == ["python3", "-m", "pip", "install", "--quiet", "--upgrade", "aaconv[train]", "jax[tpu]"]
+    words = ["--config", "my file.py:it's", "--workdir", "gs://bucket/a $run"]
+    assert there[1] == ["python3", "-m", "aaconv", "train", *words, *(f"--config.{o}" for o in overrides)]
+    clouds = [call for call in calls if call[0] != "python3"]
+    for call in clouds:
+        assert "--zone=us-west4-a" in call and "train-1" in [word.rstrip(":") for word in call]
+    verbs = [" ".join(call[2:4]) for call in clouds]
+    begin, end = ("queued-resources create", "queued-resources delete") if spot else ("tpu-vm create", "tpu-vm delete")
+    wait = ["queued-resources describe"] if spot else []
+    assert verbs == [begin, *wait, "tpu-vm ssh", "tpu-vm scp", "tpu-vm ssh", end]
+    assert ("--spot" in clouds[0]) == spot
+    assert "--accelerator-type=v5litepod-16" in clouds[0]
+    assert f"--{'runtime-version' if spot else 'version'}=v2-alpha-tpuv5-lite" in clouds[0]
+    assert all("--worker=all" in call for call in clouds if call[3] in ("ssh", "scp"))
+    assert "configs/my file.py" in next(call for call in clouds if call[3] == "scp")
+
+
+@pytest.mark.parametrize(
+    ("topology", "name", "hosts"),
+    [
+        ("v4:2x2x1", "v4-8", 1),
+        ("v4:2x2x2", "v4-16", 2),
+        ("v4:4x4x4", "v4-128", 16),
+        ("v5e:1x1", "v5litepod-1", 1),
+        ("v5e:2x4", "v5litepod-8", 1),
+        ("v5e:16x16", "v5litepod-256", 64),
+        ("v5p:2x2x1", "v5p-8", 1),
+        ("v5p:8x16x16", "v5p-4096", 512),
+        ("v6e:4x8", "v6e-32", 8),
+    ],
+)
+def test_names_of_slices(topology, name, hosts):
+    found = launch.Slice.parse(topology)
+    assert (found.accelerator_type, found.hosts) == (name, hosts)
+
+
+@pytest.mark.parametrize(
+    ("topology", "answer"),
+    [
+        ("v5e:4x5", r"v5e has no slice '4x5', but 1x1, 2x2, 2x4, 4x4, .*16x16"),
+        ("v5e", r"v5e has no slice '', but 1x1"),
+        ("v5x:4x4", r"names no TPU; did you mean 'v5p' or 'v5e'"),
+        ("4x4", r"names no TPU: the kinds are v4, v5e, v5p, v6e; write it as v5e:4x4"),
+    ],
+)
+def test_unknown_slices_list_those_there_are(topology, answer):
+    with pytest.raises(ValueError, match=answer):
+        launch.Slice.parse(topology)
+
+
+@pytest.mark.parametrize("name", ["Train", "1st", "a_b", "a-", "a" * 41, "a b"])
+def test_names_that_the_cloud_refuses(name):
+    with pytest.raises(ValueError, match="--name .* must start with a letter"):
+        launch.tpu_vm(TRAINING, name=name, zone="z", topology="v5e:4x4")
