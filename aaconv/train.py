@@ -387,7 +387,7 @@ def train(
     assert run.plan is not None
     plan, total_steps = run.plan, run.plan.total_steps
     abstract = run.abstract_state()
-    with hosts.Watch() as watch, _naming_full_disk(workdir), contextlib.ExitStack() as stack:
+    with hosts.Watch() as others, _naming_full_disk(workdir), contextlib.ExitStack() as stack:
         # The past of the workdir.
         hosts.together(lambda: stack.enter_context(checkpoints.lock(workdir)))
         _check_same_run(run, workdir, progress.note)
@@ -496,7 +496,7 @@ def train(
 
         progress.start(start, total_steps)
         stack.callback(progress.stop)
-        stack.enter_context(watch.failing(graceful=Preempted))
+        stack.enter_context(others.failing(graceful=Preempted))
         # Stopped during an evaluation: the state was saved without it.
         if eval_due() and not is_evaluated():
             evaluate_here()

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from aaconv import data, metrics, parallel, train
-from aaconv.bench import ahead, traffic
+from aaconv.bench import ahead
 from aaconv.config import ConfigDict
 from aaconv.data import declared, pipeline
 from aaconv.models import summary
