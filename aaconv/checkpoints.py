@@ -44,6 +44,9 @@ class Checkpoints:
       best_metric: name of the metric by which the best is kept as well; "" for none. Lower is
         better for a name that ends in ``loss``, higher for others.
       read_only: nothing is written, moved or cleaned up.
+      on_failed_write: gets the error when writing behind the steps fails, in the thread that
+        writes. `save` and `wait` raise it too; with several processes only after minutes of
+        waiting for each other.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Checkpoints:
         keep_last: int = 2,
         best_metric: str = "",
         read_only: bool = False,
+        on_failed_write: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._best_metric = best_metric
@@ -61,7 +65,7 @@ class Checkpoints:
         self._quiet = contextlib.ExitStack()
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._quiet.enter_context(_quiet_threads())
+            self._quiet.enter_context(_quiet_threads(on_failed_write))
         # Not orbax's own read_only, which warns that it does what it was asked to.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep_last, self.best_step),
@@ -207,9 +211,11 @@ class Checkpoints:
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         items = {name: restored[name] for name in abstract}
-        for name, tree in items.items():
-            for path, found in _checksums(tree).items():
-                if found != sums[name][path]:
+        # All of them before the first complaint: sharded arrays are gathered from all processes.
+        found = {name: _checksums(tree) for name, tree in items.items()}
+        for name, sums_of_tree in found.items():
+            for path, value in sums_of_tree.items():
+                if value != sums[name][path]:
                     raise ValueError(f"the values of {name}/{path} are not those that were saved")
         return items
 
@@ -260,6 +266,11 @@ def check_writable(workdir: str | os.PathLike[str]) -> Path:
             "name a folder that this user may write, on a disk with space"
         ) from error
     return path
+
+
+def finished_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """Returns the steps whose checkpoints are whole, ascending; unlike `Checkpoints`, without the other processes."""
+    return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").glob("*") if path.name.isdecimal())
 
 
 @contextlib.contextmanager
@@ -324,7 +335,13 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 
 def _bytes(x: jax.Array) -> memoryview:
-    whole = x.addressable_data(0) if x.is_fully_replicated else np.asarray(x)
+    if x.is_fully_replicated:
+        whole = x.addressable_data(0)
+    elif x.is_fully_addressable:
+        whole = x
+    else:
+        # One array at a time: sharded ones may not fit a host together. Every process must come here alike.
+        whole = multihost_utils.process_allgather(x, tiled=True)
     return np.ascontiguousarray(whole).reshape(-1).view(np.uint8).data
 
 
@@ -352,27 +369,39 @@ class _Damaged(Exception):
 
 
 def _read_twice(read: Callable[[], _T]) -> _T:
-    """Reads, once more if that failed: an error that passes, as on a network disk, is no damage."""
+    """Reads, once more if that failed: an error that passes, as on a network disk, is no damage.
+
+    What failed in one process counts as failed in all, or they would go on with different checkpoints.
+    """
     for again in (True, False):
+        failed: Exception | None = None
+        result: Any = None
         try:
             with _quiet_coroutines():
-                return read()
+                result = read()
         except Exception as error:  # A broken file raises anything.
             exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
             if exhausted or isinstance(error, MemoryError) or _system_reason(error, _SYSTEM):
                 raise
-            if not again:
-                raise _Damaged(_first_line(error)) from error
+            failed = error
+        if not np.any(multihost_utils.process_allgather(np.bool_(failed is not None))):
+            return result
+        if not again:
+            raise _Damaged(_first_line(failed) if failed else "another process cannot read it") from failed
     raise AssertionError("the loop returns or raises")
 
 
 @contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Keeps orbax's threads from logging the traceback of an error that `Checkpoints.wait` raises."""
+def _quiet_threads(on_error: Callable[[BaseException], None]) -> Iterator[None]:
+    """Keeps orbax's threads from logging the traceback of an error that `Checkpoints.wait` raises; hands it on."""
 
     def wanted(record: logging.LogRecord) -> bool:
         of_orbax = record.name == "asyncio" or "/orbax/" in Path(record.pathname).as_posix()
-        return record.levelno < logging.ERROR or not of_orbax
+        if record.levelno < logging.ERROR or not of_orbax:
+            return True
+        if record.name == "absl" and record.exc_info and record.exc_info[1] is not None:
+            on_error(record.exc_info[1])
+        return False
 
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:

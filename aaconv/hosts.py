@@ -33,10 +33,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-LOST = 76  # exit code of a process whose run lost another one
+LOST, FAILED = 76, 2  # exit codes of a process that lost another one, or that the others lose
 START_TIMEOUT, HEARTBEAT_TIMEOUT = 300.0, 100.0  # seconds; jax's own defaults
 _LEAVE_SECONDS = 5  # that a failing process waits for the others to fail alike
-_UNWIND_SECONDS = 20  # that a failing process may take to close its files, some of which wait for the others
+_UNWIND_SECONDS = 10  # that a failing process may take to close its files, some of which wait for the others
 _REMARK_SECONDS = 3  # after which a wait is worth a line
 _T = TypeVar("_T")
 
@@ -80,7 +80,7 @@ def start(
     missing = [flag for flag, value in given.items() if value is None]
     if jax.distributed.is_initialized():
         return
-    limits = {
+    limits: dict[str, Any] = {
         "initialization_timeout": _seconds("--start-timeout", start_timeout),
         "heartbeat_timeout_seconds": _seconds("--heartbeat-timeout", heartbeat_timeout),
     }
@@ -126,7 +126,7 @@ def _check_numbers(coordinator: str, processes: int, process: int) -> tuple[str,
     return host, int(port)
 
 
-def _start_in_cluster(limits: Mapping[str, int]) -> None:
+def _start_in_cluster(limits: Mapping[str, Any]) -> None:
     cluster = _cluster()
     if not cluster:
         return
@@ -163,7 +163,7 @@ def _cluster() -> str:
     if "KUBERNETES_SERVICE_HOST" in env:
         # Without an index it is a pod by itself, where jax's detection would warn or fail.
         return "a Kubernetes job" if "JOB_COMPLETION_INDEX" in env else ""
-    if jax.config.jax_platforms == "cpu":
+    if env.get("JAX_PLATFORMS") == "cpu":
         return ""
     # jax sets this where the machine has no TPU chips; elsewhere it asks the machine's metadata server.
     return "" if "TPU_SKIP_MDS_QUERY" in env else "a Cloud TPU VM"
@@ -485,6 +485,16 @@ def _begin(processes: int | None, process: int | None, doing: str) -> None:
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, _HANDLER], ctypes.c_void_p
     library.signal(signal.SIGABRT, _on_abort)
+    report = sys.excepthook
+
+    def fail(*exception: Any) -> None:
+        try:
+            report(*exception)
+        finally:
+            leave(1, failed=True)
+
+    # Else jax's own ending would wait minutes for the others, which wait for this one.
+    sys.excepthook = fail
     # gloo writes to standard output, which is for results.
     sys.stdout.flush()
     results = os.fdopen(os.dup(1), "w")
@@ -523,14 +533,16 @@ class Watch:
         except graceful:
             raise
         except Exception as error:
-            if jax.process_count() > 1:
-                lost = isinstance(error, LostError) or _is_loss(error)
-                text = _here.message(error) if lost else f"{type(error).__name__}: {error}"
-                timer = threading.Timer(_UNWIND_SECONDS, _end_late, args=(text, LOST if lost else 1))
-                timer.daemon = True
-                timer.start()
-                self._stack.callback(timer.cancel)
+            self.end_soon(LostError(_here.message(error)) if _is_loss(error) else error)
             raise
+
+    def end_soon(self, error: Exception) -> None:
+        """Ends this process with the words of `error`, should it not end by itself; from any thread."""
+        if jax.process_count() > 1:
+            timer = threading.Timer(_UNWIND_SECONDS, _end, args=(error,))
+            timer.daemon = True
+            timer.start()
+            self._stack.callback(timer.cancel)
 
 
 @contextlib.contextmanager
@@ -549,10 +561,11 @@ def _is_loss(error: BaseException) -> bool:
     return kinds and bool(re.search(r"\bGloo\b|NCCL|^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):", str(error)))
 
 
-def _end_late(text: str, code: int) -> None:
+def _end(error: Exception) -> None:
     if _here.leaving is None and _here.spoken.acquire(blocking=False):
+        text = f"{error}" if isinstance(error, LostError | ValueError) else f"{type(error).__name__}: {error}"
         os.write(2, f"aaconv: error: {text}\n".encode())
-        os._exit(code)
+        os._exit(LOST if isinstance(error, LostError) else FAILED)
 
 
 def leave(code: int, *, failed: bool) -> None:

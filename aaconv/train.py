@@ -393,7 +393,10 @@ def train(
         _check_same_run(run, workdir, progress.note)
         saver = stack.enter_context(
             checkpoints.Checkpoints(
-                workdir, keep_last=config.checkpoint.keep_last, best_metric=config.checkpoint.best_metric
+                workdir,
+                keep_last=config.checkpoint.keep_last,
+                best_metric=config.checkpoint.best_metric,
+                on_failed_write=lambda error: watch.end_soon(_unwritable(workdir, error)),
             )
         )
         found = saver.restore(abstract.items(), explain=functools.partial(_explain, config), note=progress.note)
@@ -557,16 +560,18 @@ def _naming_full_disk(workdir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = checkpoints.disk_full(error)
-        if not reason:
+        if not checkpoints.disk_full(error):
             raise
-        with checkpoints.Checkpoints(workdir, read_only=True) as saved:
-            good = max(saved.steps(), default=None)
-        where = f"{workdir}/checkpoints/{good}" if good is not None else "none was saved yet"
-        raise ValueError(
-            f"{workdir} cannot be written ({reason}); last good checkpoint: {where}. Free space and run the same "
-            "command again to go on from there"
-        ) from error
+        raise _unwritable(workdir, error) from error
+
+
+def _unwritable(workdir: Path, error: BaseException) -> ValueError:
+    good = max(checkpoints.finished_steps(workdir), default=None)
+    where = f"{workdir}/checkpoints/{good}" if good is not None else "none was saved yet"
+    return ValueError(
+        f"{workdir} cannot be written ({checkpoints.disk_full(error) or error}); last good checkpoint: {where}. Free "
+        "space and run the same command again to go on from there"
+    )
 
 
 def _batch_norm_examples(run: Run) -> int:

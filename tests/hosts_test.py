@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from aaconv import checkpoints, cli, config as configs, hosts, metrics, train
+from aaconv import checkpoints, cli, config as configs, hosts, metrics, parallel, train
 from aaconv.data import catalog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -206,7 +207,8 @@ def test_a_full_disk_then_a_kill_then_the_end(tmp_path, launch, undisturbed, con
     started = commands(2, config_file, tmp_path / "run", "--heartbeat-timeout", 5)
     full = launch(started)
     wait_for_step(tmp_path / "run", 4)
-    resource.prlimit(full.processes[0].pid, resource.RLIMIT_FSIZE, (64, 64))
+    # More than its lines in this test's file take, less than a checkpoint.
+    resource.prlimit(full.processes[0].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     assert full.wait(60) == [2, hosts.LOST], full.err(0)
     assert "cannot be written (File too large); last good checkpoint" in full.said(0)
     assert_lost(full, 1)
@@ -272,7 +274,8 @@ def restored(config, workdir: Path, devices: int) -> dict:
 AGREEING = """
 import json, os, signal, sys
 from pathlib import Path
-from aaconv import hosts
+import jax, numpy as np
+from aaconv import checkpoints, hosts, parallel
 
 port, i, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 hosts.start(f"localhost:{port}", 2, i, start_timeout=60, heartbeat_timeout=2)
@@ -295,7 +298,13 @@ refused(lambda: hosts.together(only_in_1))
 hosts.check_alike({"config seed": 3, "version jax": "1"})
 refused(lambda: hosts.check_alike({"config seed": 3 + i, "version jax": "1", **({"code revision": "a"} if i else {})}))
 hosts.check_same_folder(folder)
-assert not list(folder.glob(".hosts*"))
+with checkpoints.Checkpoints(folder) as saver:
+    mesh = parallel.make_mesh()
+    split = parallel.to_global({"w": np.arange(4.0, dtype=np.float32) + 4 * i}, parallel.batch_sharding(mesh))
+    saver.save(1, {"model": split, "training": split}, {})
+    for sharding in (parallel.replicated(mesh), parallel.batch_sharding(mesh)):
+        _, items, _ = saver.restore({"model": {"w": jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)}})
+        assert items["model"]["w"].sharding == sharding
 (folder / str(i)).mkdir()
 refused(lambda: hosts.check_same_folder(folder / str(i)))
 print(json.dumps(said), flush=True)
@@ -306,7 +315,7 @@ hosts.exchange("never")
 """
 
 
-def test_what_two_processes_agree_on_and_that_a_silent_one_ends_the_other(tmp_path, launch):
+def test_what_two_processes_agree_on_save_together_and_that_a_silent_one_ends_the_other(tmp_path, launch):
     port = free_port()
     run = launch([[sys.executable, "-c", AGREEING, port, i, tmp_path] for i in range(2)])
     assert run.processes[0].wait(timeout=60) == hosts.LOST, run.err(0)
@@ -320,6 +329,15 @@ def test_what_two_processes_agree_on_and_that_a_silent_one_ends_the_other(tmp_pa
     ]
     assert f"{tmp_path}/0 is not one folder for all hosts: process 1 ({host}) does not see" in elsewhere
     assert [text.replace("/1 is", "/0 is") for text in json.loads(run.out(1))] == ["no such disk", unlike, elsewhere]
+    assert not list(tmp_path.rglob(".hosts*"))
+    whole = np.arange(8, dtype=np.float32)
+    with checkpoints.Checkpoints(tmp_path, read_only=True) as saved:
+        assert saved.meta(1)["crc32"]["model"] == {"w": zlib.crc32(whole.tobytes())}
+        for devices in (1, 8):
+            sharding = parallel.batch_sharding(parallel.make_mesh(devices))
+            found = saved.restore({"model": {"w": jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)}})
+            assert found is not None
+            np.testing.assert_array_equal(found[1]["model"]["w"], whole)
 
 
 # The roll call, before jax starts

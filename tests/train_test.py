@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ import pytest
 
 from aaconv import checkpoints, metrics, models, train
 from aaconv.config import ConfigDict, default_config
-from aaconv.data import catalog
 
 # A network and a source of data small enough to train often
 
@@ -631,55 +629,3 @@ def test_an_unknown_model_lists_close_ones():
     with pytest.raises(ValueError, match="aa_wrn_28_10"):
         train.build_model(config, 10)
     assert "aa_wrn_28_10" in models.list_models()
-
-
-# Several processes
-
-
-DISTRIBUTED = """
-import os, sys
-os.environ["JAX_PLATFORMS"] = "cpu"
-import importlib.util, jax
-from absl import flags
-flags.FLAGS.mark_as_parsed()
-file, port, data_dir, workdir, stop, process = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-spec = importlib.util.spec_from_file_location("train_test", file)
-test = importlib.util.module_from_spec(spec)
-sys.modules["train_test"] = test
-spec.loader.exec_module(test)
-try:
-    progress = test.Recorder(int(stop) if process == "1" else -1)
-    test.train.train(test.two_process_config(data_dir), workdir, progress=progress)
-except test.train.Preempted as stopped:
-    sys.exit(75)
-"""
-
-
-def two_process_config(data_dir) -> ConfigDict:
-    config = digits_config(data_dir)
-    config.data.placement, config.mesh.data, config.log_every_steps = "memory", -1, 5
-    return config
-
-
-@pytest.mark.slow
-def test_two_processes_stop_together_and_give_what_one_gives(tmp_path):
-    """SIGTERM reaches one of the two; both save the same step, exit, and continue."""
-    data_dir = tmp_path / "tfds"
-    catalog.prepare("digits", data_dir)  # once, not by both at the same time
-
-    def start(stop: int) -> list[int]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        arguments = [__file__, port, data_dir, tmp_path / "two", stop]
-        command = [sys.executable, "-c", DISTRIBUTED, *map(str, arguments)]
-        running = [subprocess.Popen([*command, process], cwd=Path(__file__).parents[1]) for process in "01"]
-        return [process.wait(timeout=300) for process in running]
-
-    assert start(stop=7) == [75, 75]
-    assert start(stop=-1) == [0, 0]
-    train.train(two_process_config(data_dir), tmp_path / "one", progress=Recorder())
-    for two, one in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
-        assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
