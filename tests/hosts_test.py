@@ -85,6 +85,13 @@ class Launched:
     def err(self, i: int) -> str:
         return (self._folder / f"{i}.err").read_text()
 
+    def wait_for_step(self, step: int) -> None:
+        """Returns once process 0 has shown this step, or a later one."""
+        until = time.monotonic() + 120
+        while not any(int(shown) >= step for shown in re.findall(r"^step (\d+)/", self.err(0), re.MULTILINE)):
+            assert time.monotonic() < until, self.err(0)
+            time.sleep(0.02)
+
     def said(self, i: int) -> str:
         """What the command itself said last: libraries print before it."""
         (line,) = re.findall(r"^aaconv: .*(?:\n  .*)*", self.err(i), re.MULTILINE)
@@ -143,14 +150,6 @@ def commands(count: int, config_file, workdir, *words) -> list[list]:
     ]  # fmt: skip
 
 
-def wait_for_step(workdir: Path, step: int) -> None:
-    """Returns once a row of this step, or a later one, is written."""
-    until = time.monotonic() + 120
-    while not any(row["step"] >= step for row in metrics.read_rows(workdir)):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def rows(workdir) -> list[dict]:
     return [
         {name: value for name, value in row.items() if not name.startswith("perf/")}
@@ -206,7 +205,7 @@ def test_a_full_disk_then_a_kill_then_the_end(tmp_path, launch, undisturbed, con
     """The others stop with an error, nobody hangs, and the same command gives the bits of the undisturbed run."""
     started = commands(2, config_file, tmp_path / "run", "--heartbeat-timeout", 5)
     full = launch(started)
-    wait_for_step(tmp_path / "run", 4)
+    full.wait_for_step(4)
     # More than its lines in this test's file take, less than a checkpoint.
     resource.prlimit(full.processes[0].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     assert full.wait(60) == [2, hosts.LOST], full.err(0)
@@ -214,7 +213,7 @@ def test_a_full_disk_then_a_kill_then_the_end(tmp_path, launch, undisturbed, con
     assert_lost(full, 1)
 
     killed = launch(started)
-    wait_for_step(tmp_path / "run", 14)
+    killed.wait_for_step(14)
     killed.processes[0].kill()
     assert killed.wait(60) == [-signal.SIGKILL, hosts.LOST]
     assert_lost(killed, 1)
@@ -242,7 +241,7 @@ def test_four_processes_stop_together_and_their_checkpoint_serves_any_devices(
     tmp_path, launch, undisturbed, config_file, data_dir
 ):
     stopped = launch(commands(4, config_file, tmp_path))
-    wait_for_step(tmp_path, 4)
+    stopped.wait_for_step(4)
     stopped.processes[2].send_signal(signal.SIGTERM)
     assert stopped.wait() == [75] * 4, stopped.err(0)
     (step,) = {re.search(rf"stopped by SIGTERM: saved step (\d+) of {STEPS}", stopped.said(i))[1] for i in range(4)}
