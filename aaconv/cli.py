@@ -512,6 +512,13 @@ def _train(arguments: argparse.Namespace) -> int:
     workdir = _need_workdir(arguments)
     _join(arguments)
     if arguments.maps:
+        import jax
+
+        if jax.process_count() > 1:
+            raise UsageError(
+                "--maps draws with one process: leave it out here, and afterwards give the same command with --maps to "
+                "one process, which draws from the checkpoint"
+            )
         from aaconv import plots
 
         plots.check_installed()

@@ -36,7 +36,8 @@ from jax.experimental import multihost_utils
 LOST, FAILED = 76, 2  # exit codes of a process that lost another one, or that the others lose
 START_TIMEOUT, HEARTBEAT_TIMEOUT = 300.0, 100.0  # seconds; jax's own defaults
 _LEAVE_SECONDS = 5  # that a failing process waits for the others to fail alike
-_UNWIND_SECONDS = 10  # that a failing process may take to close its files, some of which wait for the others
+_UNWIND_SECONDS = 60  # that a failing process may take to finish its files, some of which wait for the others
+_WRITE_SECONDS = 10  # the same where a file could not be written
 _REMARK_SECONDS = 3  # after which a wait is worth a line
 _T = TypeVar("_T")
 
@@ -85,7 +86,7 @@ def start(
         "heartbeat_timeout_seconds": _seconds("--heartbeat-timeout", heartbeat_timeout),
     }
     if len(missing) == len(given):
-        _start_in_cluster(limits)
+        _start_in_cluster(limits, start_timeout)
     elif missing:
         raise ValueError(
             f"{' and '.join(missing)} missing: several processes need all of --coordinator HOST:PORT, --processes N "
@@ -97,9 +98,9 @@ def start(
         if processes == 1:
             return
         _roll_call(host, port, processes, process, start_timeout, note)
-        _begin(processes, process, f"the start, at coordinator {coordinator}")
+        _begin(processes, process, f"at coordinator {coordinator}", start_timeout)
         jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate", **limits)
-    at("the preparations, before the first step")
+    _here.starting = ""
 
 
 def _seconds(flag: str, value: float) -> int:
@@ -126,12 +127,12 @@ def _check_numbers(coordinator: str, processes: int, process: int) -> tuple[str,
     return host, int(port)
 
 
-def _start_in_cluster(limits: Mapping[str, Any]) -> None:
+def _start_in_cluster(limits: Mapping[str, Any], start_timeout: float) -> None:
     cluster = _cluster()
     if not cluster:
         return
     devices = _devices_of_slurm_task()
-    _begin(None, None, f"the start, in {cluster}")
+    _begin(None, None, f"in {cluster}", start_timeout)
     try:
         jax.distributed.initialize(local_device_ids=devices, **limits)
     except Exception as error:  # What the cluster's own libraries raise is not jax's to name.
@@ -452,13 +453,20 @@ class _Here:
 
     processes: int | None = 1
     process: int | None = 0
-    doing = "the start"
+    starting = ""  # where and how long, while it waits for the others to start
+    doing = "the preparations, before the first step"
     leaving: int | None = None  # the exit code, once this process has said all it had to say
     spoken = threading.Lock()
 
     def message(self, error: BaseException | None = None) -> str:
         reason = f" ({str(error).strip().splitlines()[0][:200]})" if error is not None else ""
         who = "this process" if self.process is None else f"process {self.process} of {self.processes}"
+        if self.starting:
+            return (
+                f"{who} ({socket.gethostname()}) waited in vain for the others {self.starting}. Check that all of them "
+                "were started, reach each other, and did not stop with errors of their own; --start-timeout SECONDS "
+                "waits longer"
+            )
         return (
             f"{who} ({socket.gethostname()}) lost contact with the others at {self.doing}{reason}: one of them ended, "
             "did not come or fell silent, and its own last lines say why. Run the same command again on all hosts; "
@@ -480,8 +488,8 @@ def _on_abort(number: int) -> None:
     os._exit(LOST if code is None else code)
 
 
-def _begin(processes: int | None, process: int | None, doing: str) -> None:
-    _here.processes, _here.process, _here.doing = processes, process, doing
+def _begin(processes: int | None, process: int | None, where: str, start_timeout: float) -> None:
+    _here.processes, _here.process, _here.starting = processes, process, f"{where}, for {start_timeout:g} s"
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, _HANDLER], ctypes.c_void_p
     library.signal(signal.SIGABRT, _on_abort)
@@ -491,7 +499,8 @@ def _begin(processes: int | None, process: int | None, doing: str) -> None:
         try:
             report(*exception)
         finally:
-            leave(1, failed=True)
+            if threading.current_thread() is threading.main_thread():
+                leave(1, failed=True)
 
     # Else jax's own ending would wait minutes for the others, which wait for this one.
     sys.excepthook = fail
@@ -533,13 +542,16 @@ class Watch:
         except graceful:
             raise
         except Exception as error:
-            self.end_soon(LostError(_here.message(error)) if _is_loss(error) else error)
+            self._end_soon(LostError(_here.message(error)) if _is_loss(error) else error, _UNWIND_SECONDS)
             raise
 
-    def end_soon(self, error: Exception) -> None:
-        """Ends this process with the words of `error`, should it not end by itself; from any thread."""
+    def cannot_write(self, error: Exception) -> None:
+        """Ends this process with the words of `error`, should it not soon do so by itself; from any thread."""
+        self._end_soon(error, _WRITE_SECONDS)
+
+    def _end_soon(self, error: Exception, seconds: float) -> None:
         if jax.process_count() > 1:
-            timer = threading.Timer(_UNWIND_SECONDS, _end, args=(error,))
+            timer = threading.Timer(seconds, _end, args=(error,))
             timer.daemon = True
             timer.start()
             self._stack.callback(timer.cancel)
