@@ -396,7 +396,7 @@ def train(
                 workdir,
                 keep_last=config.checkpoint.keep_last,
                 best_metric=config.checkpoint.best_metric,
-                on_failed_write=lambda error: watch.cannot_write(_unwritable(workdir, error)),
+                on_failed_write=lambda error: others.cannot_write(_unwritable(workdir, error)),
             )
         )
         found = saver.restore(abstract.items(), explain=functools.partial(_explain, config), note=progress.note)
