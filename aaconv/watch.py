@@ -174,7 +174,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 class ProfilerWindow:
     """Calls training steps, some of them under jax's profiler.
 
-    Each step is named ``train`` with its number in the trace, which TensorBoard's profile plugin and Perfetto read.
+    Each step is named ``train`` with its number in the trace, which Perfetto and TensorBoard's profile plugin read.
     Of several processes the first alone writes: their steps are one program.
 
     Args:
@@ -213,7 +213,10 @@ class ProfilerWindow:
         self._clock.turn_to(Doing.PROFILING, step)
         first, self._first = self._first, None
         jax.profiler.stop_trace()
-        self._note(f"traced steps {first} to {step}: tensorboard --logdir {self._folder} (with its profile plugin)")
+        self._note(
+            f"traced steps {first} to {step} into {self._folder}: open the .trace.json.gz in there at ui.perfetto.dev, "
+            "or the folder in TensorBoard with its profile plugin"
+        )
 
     def __enter__(self) -> ProfilerWindow:
         return self
