@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from grain.experimental import index_shuffle
 
 from aaconv.data import augment, catalog, images
 from aaconv.data.catalog import DataFiles, DatasetInfo, Examples
@@ -218,15 +219,16 @@ def train_input(config: ConfigDict, process_index: int = 0, process_count: int =
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     placement = _placement(config, files, shape, len(examples))
-    order = grain.MapDataset.range(len(examples)).seed(config.seed).shuffle()[: steps * config.batch_size]
     resident = None
     if placement == "workers":
+        order = grain.MapDataset.range(len(examples)).seed(config.seed).shuffle()[: steps * config.batch_size]
         cut = _TrainCut(examples, shape, config) if config.data.augment.random_resized_crop else None
         decoded = order.random_map(cut) if cut else order.map(_EvalCut(examples, shape, _share(config, files)))
         batches = decoded.batch(local)
     else:
         arrays = _decode_all(_EvalCut(examples, shape, _share(config, files)), shape)
-        batches = order.batch(local, batch_fn=_indices)
+        blocks = grain.MapDataset.range(steps * process_count)
+        batches = blocks.map_with_index(_Block(len(examples), len(blocks), local, config.seed))
         if placement == "device":
             resident = arrays
             batches = batches.map(lambda index: {"index": index})
@@ -302,6 +304,26 @@ def preprocess_image(config: ConfigDict, image: np.ndarray, info: DatasetInfo | 
         )
     share = config.data.augment.eval_crop if info.decoded else 1.0
     return images.resize_central(image, (info.image_shape[0], info.image_shape[1]), share=share)
+
+
+class _Block:
+    """Maps the number of a block, counted on over all epochs, to the indices of its examples.
+
+    They are those of ``range(num_examples).seed(seed).shuffle()`` in grain, batched, whose every element passes through
+    as many Python calls as there are datasets in the chain: 1.4 ms a batch of 128, which a small network's step
+    on a CPU feels. Where images are decoded nothing would feel it.
+    """
+
+    def __init__(self, num_examples: int, num_blocks: int, size: int, seed: int):
+        self.num_examples, self.num_blocks, self.size = num_examples, num_blocks, size
+        # What grain makes of a seed that is set one dataset before the shuffle.
+        self.seed = int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint32)[0])
+
+    def __call__(self, index: int, _: int) -> np.ndarray:
+        epoch, block = divmod(index, self.num_blocks)
+        places = range(block * self.size, (block + 1) * self.size)
+        seed, last = (self.seed + epoch) % 2**32, self.num_examples - 1
+        return _indices([index_shuffle(place, max_index=last, seed=seed, rounds=4) for place in places])
 
 
 class _EvalCut:
