@@ -329,6 +329,7 @@ def _add_benchmarks(add: Callable[..., _Parser]) -> None:
     step.add_argument("--batch", type=_whole, metavar="N", help="images a step (default: 8 on a CPU, else 128)")
     step.add_argument("--inference", action="store_true", help="the evaluation step instead")
     step.add_argument("--no-layers", action="store_true", help="leave out the layers by themselves")
+    _add_pipeline_benchmarks(add)
     for command, seconds, per in (
         (attention, 20, "for each shape"),
         (step, 60, "for the networks, and for the layers"),
@@ -352,8 +353,56 @@ def _add_benchmarks(add: Callable[..., _Parser]) -> None:
         command.add_argument(
             "--topology", default="", metavar="TPU", help="compile for a TPU without one, e.g. v5e:2x2, and run nothing"
         )
-        folder = f"runs/{command.prog.partition(' ')[2].replace(' ', '/')}"
-        command.add_argument("--output", default=folder, metavar="DIR", help=f"for the files (default: {folder})")
+        _add_output(command)
+
+
+def _add_pipeline_benchmarks(add: Callable[..., _Parser]) -> None:
+    source = add(
+        "bench input",
+        _bench_input,
+        "Images a second that are decoded and cropped, by number of workers, until more bring no more.",
+        config="config file of photographs that are prepared (default: made-up ones of ImageNet's mean size)",
+    )
+    source.add_argument(
+        "--workers",
+        type=_counts_of_workers,
+        default=(),
+        metavar="N,N,...",
+        help="processes, 0 being threads (default: 0,1,2,4,... up to the cores, and one more)",
+    )
+    source.add_argument(
+        "--size", type=_whole, metavar="PIXELS", help="side of the crops (default: the config's, else 224)"
+    )
+    source.add_argument("--batch", type=_whole, default=64, metavar="N", help="images a batch (default: 64)")
+    source.add_argument(
+        "--feed",
+        type=_positive,
+        default=1000.0,
+        metavar="RATE",
+        help="images a second of a device, to say how many cores feed it (default: 1000)",
+    )
+    source.add_argument(
+        "--seconds", type=_positive, default=5.0, metavar="S", help="of each measurement, at least (default: 5)"
+    )
+    loop = add(
+        "bench loop",
+        _bench_loop,
+        "What the training loop costs beside its steps: real steps with data and logging, and bare steps, in turn.",
+        config="config file, e.g. configs/digits.py",
+    )
+    loop.add_argument(
+        "--steps", type=_whole, default=200, metavar="N", help="of a round, each way, at least (default: 200)"
+    )
+    for command in (source, loop):
+        command.add_argument(
+            "--rounds", type=_whole, default=5, metavar="N", help="times that each way is measured (default: 5)"
+        )
+        _add_output(command)
+
+
+def _add_output(command: _Parser) -> None:
+    folder = f"runs/{command.prog.partition(' ')[2].replace(' ', '/')}"
+    command.add_argument("--output", default=folder, metavar="DIR", help=f"for the files (default: {folder})")
 
 
 def _add_pods(add: Callable[..., _Parser]) -> None:
@@ -447,6 +496,13 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
+
+
+def _counts_of_workers(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers of worker processes such as 0,1,2")
+    return tuple(map(int, numbers))
 
 
 def _positive(text: str) -> float:
@@ -691,6 +747,39 @@ def _bench_step(arguments: argparse.Namespace) -> int:
         seconds=arguments.seconds,
         output=arguments.output,
         topology=arguments.topology,
+        note=_say,
+    )
+    return OK
+
+
+def _bench_input(arguments: argparse.Namespace) -> int:
+    from aaconv.bench import input
+
+    input.run(
+        arguments.config or "",
+        overrides=arguments.overrides,
+        workers=arguments.workers,
+        size=arguments.size,
+        batch=arguments.batch,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        feed=arguments.feed,
+        output=arguments.output,
+        note=_say,
+    )
+    return OK
+
+
+def _bench_loop(arguments: argparse.Namespace) -> int:
+    from aaconv.bench import loop
+
+    loop.run(
+        _load_config(arguments, or_workdir=False),
+        name=arguments.config,
+        overrides=arguments.overrides,
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        output=arguments.output,
         note=_say,
     )
     return OK

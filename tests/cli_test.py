@@ -357,7 +357,20 @@ def test_version(aaconv, words):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "eval", "show", "predict", "prepare", "bench", "bench attention", "bench step", "version"],
+    [
+        "",
+        "train",
+        "eval",
+        "show",
+        "predict",
+        "prepare",
+        "bench",
+        "bench attention",
+        "bench step",
+        "bench input",
+        "bench loop",
+        "version",
+    ],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -42,7 +42,7 @@ def prepare(root: os.PathLike[str]) -> str:
             "TFDS_DATA_DIR to a folder that can be written"
         ) from error
     try:
-        made = _make(scratch)
+        made = write(builder(scratch))
         try:
             os.rename(made, home)
         except OSError:
@@ -54,10 +54,10 @@ def prepare(root: os.PathLike[str]) -> str:
     return str(home)
 
 
-def _make(scratch: Path) -> Path:
+def write(made: Any) -> Path:
+    """Writes the files of a TFDS builder that downloads nothing, and returns their folder."""
     import tensorflow_datasets as tfds
 
-    made = builder(scratch)
     # TFDS announces a download of unknown size, which there is not.
     tfds.disable_progress_bar()
     try:
