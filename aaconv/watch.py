@@ -193,13 +193,14 @@ class ProfilerWindow:
         self._folder, self._clock, self._note = folder, clock, note
         self._window = range(start_step, start_step + num_steps)
         self._first: int | None = None  # in the trace that is being taken
+        self._missed = bool(num_steps)
 
     def __call__(self, step: int, step_fn: Callable[..., Any], *arguments: Any) -> Any:
         """Returns ``step_fn(*arguments)``, which computes that step."""
         if self._first is None and step in self._window:
             self._clock.turn_to(Doing.PROFILING, step)
             jax.profiler.start_trace(self._folder)
-            self._first = step
+            self._first, self._missed = step, False
             self._clock.turn_to(Doing.STEPPING, step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = step_fn(*arguments)
@@ -224,6 +225,11 @@ class ProfilerWindow:
     def __exit__(self, *exception: object) -> None:
         if self._first is not None:  # The run ended within the window.
             self._write(self._clock.now.step)
+        if self._missed:
+            first, last = self._window[0], self._window[-1]
+            self._note(
+                f"no trace: steps {first} to {last}, which profile.start_step asks for, were not among those done"
+            )
 
 
 class HangDetector:

@@ -130,6 +130,14 @@ def test_a_run_that_goes_on_or_ends_within_the_window_traces_what_it_can(clock, 
     assert notes[0].startswith("traced steps 5 to 7 ")
 
 
+def test_a_window_that_is_not_reached_is_told_of(clock, tmp_path):
+    notes = []
+    with watch.ProfilerWindow(tmp_path, clock, start_step=3, num_steps=4, note=notes.append) as traced:
+        traced(2, jnp.negative, jnp.ones(()))
+    assert notes == ["no trace: steps 3 to 6, which profile.start_step asks for, were not among those done"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_window_nothing_is_traced(clock, tmp_path):
     with watch.ProfilerWindow(tmp_path, clock, start_step=1, num_steps=0, note=pytest.fail) as traced:
         assert traced(1, lambda x: x + 1, 1) == 2
