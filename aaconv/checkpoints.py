@@ -19,6 +19,7 @@ import os
 import platform
 import sys
 import tempfile
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+
+from aaconv import workdirs
 
 ITEMS = ("model", "training")
 _T = TypeVar("_T")
@@ -58,7 +61,7 @@ class Checkpoints:
         read_only: bool = False,
         on_failed_write: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._folder = workdirs.path(workdir) / "checkpoints"
         self._best_metric = best_metric
         self._values: dict[int, float] = {}
         self._read_only = read_only
@@ -75,7 +78,9 @@ class Checkpoints:
             # Metrics lie in our own meta: a damaged checkpoint must not stop the listing.
             lightweight_initialize=True,
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options) if self._folder.is_dir() else None
+        # In a bucket there is no folder before something is in it.
+        there = not read_only or self._folder.is_dir()
+        self._manager = ocp.CheckpointManager(self._folder, options=options) if there else None
 
     def steps(self) -> list[int]:
         """Returns the steps there are, ascending; a damaged one may be among them."""
@@ -225,8 +230,7 @@ class Checkpoints:
         assert self._manager is not None
         home = self._folder.parent / "damaged_checkpoints"
         if jax.process_index() == 0:
-            home.mkdir(exist_ok=True)
-            (self._folder / str(step)).replace(tempfile.mkdtemp(prefix=f"{step}-", dir=home))
+            workdirs.move_into(self._folder / str(step), home)
         # Every process must see the same steps, or they would not save the same ones.
         multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
@@ -255,7 +259,9 @@ def check_writable(workdir: str | os.PathLike[str]) -> Path:
     Raises:
       ValueError: it cannot be made or written.
     """
-    path = Path(workdir).expanduser().absolute()
+    path = workdirs.path(workdir)
+    if workdirs.in_bucket(path):
+        return _check_bucket(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -270,19 +276,33 @@ def check_writable(workdir: str | os.PathLike[str]) -> Path:
 
 def finished_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """Returns the steps whose checkpoints are whole, ascending; unlike `Checkpoints`, without the other processes."""
-    return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").glob("*") if path.name.isdecimal())
+    found = (workdirs.path(workdir) / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def _check_bucket(path: Path) -> Path:
+    probe = path / f".writable-{uuid.uuid4().hex}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # Its libraries raise errors of their own.
+        raise ValueError(
+            f"workdir {str(path)!r} cannot be written ({_first_line(error)}): name a bucket that this account may "
+            "write, and outside of Google's cloud log in with `gcloud auth application-default login`"
+        ) from error
+    return path
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
     """Holds `workdir` against a second run in it, which would clean up this one's half-written files.
 
-    Ends with the process, however that ends.
+    Ends with the process, however that ends. A bucket has no such lock: there, nothing keeps a second run out.
 
     Raises:
       ValueError: another process holds it.
     """
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or workdirs.in_bucket(workdir):
         yield
         return
     with (workdir / ".lock").open("w") as file:

@@ -41,6 +41,7 @@ EXTRAS = {  # the extra that brings a package, by the name it is imported by
     **dict.fromkeys(
         "absl array_record etils grain ml_collections optax orbax PIL rich sklearn tensorflow_datasets".split(), "train"
     ),
+    "gcsfs": "gcs",
     "matplotlib": "plots",
     "tensorflow": "prepare",
 }
@@ -258,7 +259,7 @@ def _add_launchers(add: Callable[..., _Parser]) -> None:
         help="bash that comes before training, e.g. 'module load cuda'; may be repeated",
     )
     gke = add("launch gke", _launch_gke, "A JobSet for kubectl.", config=config, workdir=workdir)
-    gke.add_argument("--image", metavar="IMAGE", help="container image with aaconv and jax[tpu]")
+    gke.add_argument("--image", metavar="IMAGE", help="container image with aaconv[train,gcs] and jax[tpu]")
     gke.add_argument("--slices", type=_whole, default=1, metavar="N", help="of that topology (default: 1)")
     gke.add_argument(
         "--max-restarts",
@@ -276,7 +277,7 @@ def _add_launchers(add: Callable[..., _Parser]) -> None:
     )
     tpu_vm.add_argument(
         "--install",
-        default="aaconv[train] jax[tpu]",
+        default="aaconv[train,gcs] jax[tpu]",
         metavar="PACKAGES",
         help="for pip, separated by spaces (default: %(default)s)",
     )
@@ -526,12 +527,12 @@ def _point(text: str) -> tuple[float, float]:
 
 
 def _load_config(arguments: argparse.Namespace, *, or_workdir: bool) -> ConfigDict:
-    from aaconv import config
+    from aaconv import config, workdirs
 
     path = arguments.config
     if path is None and or_workdir and arguments.workdir:
-        path = str(Path(arguments.workdir) / "config.json")
-        if not Path(path).is_file():
+        path = os.path.join(arguments.workdir, "config.json")
+        if not workdirs.path(path).exists():
             raise ValueError(
                 f"--workdir {arguments.workdir} has no config.json: name the folder of a run, or a --config"
             )
@@ -847,18 +848,18 @@ def _draw(num_maps: int, config: ConfigDict, workdir: str) -> None:
         # It explains why the training loss lies above the test loss.
         title += f" (training loss with {' and '.join(f'{name}={config.loss[name]}' for name in softened)})"
     try:
-        pairs = [("curves", plots.curves(metrics.read_rows(workdir), Path(workdir) / "curves.png", title=title))]
+        pairs = [("curves", plots.curves(metrics.read_rows(workdir), os.path.join(workdir, "curves.png"), title=title))]
     except ImportError:
         # The run is trained and saved; that there is no picture of it is no failure.
         _say("no picture of the curves: run  pip install 'aaconv[plots]'  and the same command again")
         return
     if num_maps:
-        path = Path(workdir) / "attention.png"
+        path = os.path.join(workdir, "attention.png")
         pairs.append(("attention maps", _draw_test_maps(num_maps, config, workdir, path)))
     _print_pairs(pairs)
 
 
-def _draw_test_maps(number: int, config: ConfigDict, workdir: str, path: Path) -> str:
+def _draw_test_maps(number: int, config: ConfigDict, workdir: str, path: str) -> str:
     import numpy as np
 
     from aaconv import data, plots, train

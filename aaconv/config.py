@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import ml_collections
 from ml_collections import config_dict
 
+from aaconv import workdirs
 from aaconv.errors import close_matches
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Args:
       path: ``FILE`` or ``FILE:ARGUMENT``; the file defines ``get_config(argument="")``. Or the
-        ``config.json`` that a run wrote.
+        ``config.json`` that a run wrote, which may be in a bucket.
       overrides: strings ``key=value`` with dotted keys, e.g. ``model.kappa=0.3``;
         tuples as ``(2, 3)`` or ``2,3``, ``None`` where a key is optional.
 
@@ -254,6 +255,8 @@ BELOW_ONE = "optimizer.momentum optimizer.ema_decay loss.label_smoothing".split(
 
 
 def _run_config_file(path: str) -> ConfigDict:
+    if workdirs.in_bucket(path):
+        return _read_json(path)
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
         # Not below these two: an environment's thousands of files may lie in the same folder.
@@ -284,7 +287,7 @@ def _run_config_file(path: str) -> ConfigDict:
 
 def _read_json(file: str) -> ConfigDict:
     try:
-        return ml_collections.ConfigDict(json.loads(Path(file).read_text()))
+        return ml_collections.ConfigDict(json.loads(workdirs.path(file).read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"config file {file!r} is not the config.json of a run: {error}") from error
 

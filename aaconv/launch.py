@@ -336,7 +336,7 @@ def tpu_vm(
     topology: str,
     spot: bool = False,
     runtime: str = "",
-    install: str = "aaconv[train] jax[tpu]",
+    install: str = "aaconv[train,gcs] jax[tpu]",
 ) -> str:
     """Returns the ``gcloud`` commands that make a Cloud TPU slice, train on all its hosts, and give it back.
 

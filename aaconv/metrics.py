@@ -23,6 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from aaconv import workdirs
+
+REWRITE_SECONDS = 30.0
+
 
 class Totals(flax.struct.PyTreeNode):
     """Sums over examples, added up on the device and fetched rarely.
@@ -116,8 +120,11 @@ class Log:
     Every row has ``step`` (completed updates). A value that is not finite is written as null.
     Only process 0 writes; elsewhere every method does nothing.
 
+    Nothing can be appended to an object in a bucket, so there the whole file is written anew: every `REWRITE_SECONDS`
+    at most, and at `flush`.
+
     Args:
-      workdir: an existing folder.
+      workdir: an existing folder, or one in a bucket, where no TensorBoard events are written.
       resume_step: rows after this step are dropped, so that a resumed run's file reads like
         an uninterrupted one's; likewise a last line that was cut off.
       tensorboard: also write TensorBoard events to ``workdir/tensorboard`` if tensorboardX is
@@ -126,31 +133,47 @@ class Log:
 
     def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int = 0, tensorboard: bool = True) -> None:
         self._file: IO[str] | None = None
+        self._at = 0.0
         self._board: _Board | None = None
-        path = Path(workdir) / "metrics.jsonl"
+        self._rewritten: Path | None = None
+        folder = workdirs.path(workdir)
+        path = folder / "metrics.jsonl"
         self.rows = [row for row in read_rows(workdir) if row["step"] <= resume_step]
         if jax.process_index() != 0:
             return
-        # Beside, then renamed: a kill while rewriting loses no rows.
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(_dump(row) for row in self.rows))
-        beside.replace(path)
+        self._write_all(path)
+        if workdirs.in_bucket(path):
+            self._rewritten = path
+            return
         self._file = path.open("a")
         if tensorboard:
-            self._board = _tensorboard(Path(workdir) / "tensorboard", resume_step)
+            self._board = _tensorboard(folder / "tensorboard", resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a row and flushes it: what is logged survives a kill."""
+        """Appends a row and flushes it: what is logged survives a kill, in a bucket what was written by then."""
         row = {"step": step, **values}
         self.rows.append(row)
         if self._file is not None:
             self._file.write(_dump(row))
             self._file.flush()
+        elif time.monotonic() - self._at > REWRITE_SECONDS:
+            self.flush()
         if self._board is not None:
             self._board.write(step, values)
 
+    def flush(self) -> None:
+        """Writes what is not written yet; due before a checkpoint, from which a resumed run goes on with these rows."""
+        if self._rewritten is not None:
+            self._write_all(self._rewritten)
+
+    def _write_all(self, path: Path) -> None:
+        workdirs.write_text(path, "".join(_dump(row) for row in self.rows))
+        self._at = time.monotonic()
+
     def close(self) -> None:
         """Closes the files; harmless when called again."""
+        self.flush()
+        self._rewritten = None
         file, self._file, board, self._board = self._file, None, self._board, None
         if board is not None:
             board.close()
@@ -169,7 +192,7 @@ def read_rows(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     null, which stands for a value that is not finite, is read as nan.
     """
-    path = Path(workdir) / "metrics.jsonl"
+    path = workdirs.path(workdir) / "metrics.jsonl"
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aaconv import workdirs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
@@ -80,8 +82,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, t
         rate.set_ylim(bottom=0)
         loss.set_title(title, pad=10)
         figure.align_ylabels()
-        figure.savefig(path, dpi=150)
-    return os.fspath(path)
+        return _save(figure, path)
 
 
 def attention_maps(
@@ -167,8 +168,7 @@ def attention_maps(
             figure.colorbar(ScalarMappable(norm, HEAT), cax=bar)
             bar.set_ylabel("weight / even share", fontsize=7)
             bar.tick_params(labelsize=7)
-        figure.savefig(path, dpi=150)
-    return os.fspath(path)
+        return _save(figure, path)
 
 
 def scaling(
@@ -219,6 +219,14 @@ def scaling(
             axes.set_axisbelow(True)
             _growth(axes, lines, x)
             _label_ends(axes, lines, names)
+        return _save(figure, path)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> str:
+    if workdirs.in_bucket(path):
+        with workdirs.path(path).open("wb") as file:
+            figure.savefig(file, dpi=150, format="png")
+    else:
         figure.savefig(path, dpi=150)
     return os.fspath(path)
 

@@ -27,7 +27,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from aaconv import checkpoints, hosts, metrics, models, optim, parallel, watch
+from aaconv import checkpoints, hosts, metrics, models, optim, parallel, watch, workdirs
 from aaconv.config import ConfigDict, default_config
 from aaconv.models.summary import summarise
 from aaconv.watch import Doing
@@ -543,6 +543,7 @@ def train(
                     "config": _as_dict(config),
                     "batch_norm_examples": _batch_norm_examples(run),
                 }
+                log.flush()
                 saver.save(step, state.items(), meta)
             if stop and (step < total_steps or not is_evaluated()):
                 saver.wait()
@@ -703,9 +704,7 @@ def to_json(config: ConfigDict) -> str:
 
 def _write_config(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
-        beside = workdir / "config.tmp"
-        beside.write_text(to_json(config))
-        beside.replace(workdir / "config.json")
+        workdirs.write_text(workdir / "config.json", to_json(config))
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -723,7 +722,7 @@ def _check_same_run(run: Run, workdir: Path, note: Callable[[str], None]) -> Non
     file, log = workdir / "config.json", workdir / "metrics.jsonl"
     if not file.exists():
         # With checkpoints: removed by somebody; restoring compares the trees.
-        if not trained and log.exists() and log.stat().st_size:
+        if not trained and log.exists() and log.read_text():
             raise ValueError(
                 f"{log} holds rows of a run, but there is neither its config.json nor a checkpoint: name a new "
                 "--workdir, or move that file away"
@@ -879,7 +878,7 @@ def _restore(
     with checkpoints.Checkpoints(workdir, best_metric=best_metric, read_only=True) as saved:
         if not saved.steps():
             raise ValueError(
-                f"no checkpoint in {str(Path(workdir).absolute() / 'checkpoints')!r}: train with this --workdir "
+                f"no checkpoint in {str(workdirs.path(workdir) / 'checkpoints')!r}: train with this --workdir "
                 "first, or name the workdir of a run"
             )
         for row in metrics.read_rows(workdir):
@@ -888,7 +887,7 @@ def _restore(
         if which == "best" and step is None:
             what = f"recorded {best_metric}" if best_metric else "checkpoint.best_metric"
             raise ValueError(
-                f"no {what} says which checkpoint in {str(Path(workdir).absolute())!r} is the best: use "
+                f"no {what} says which checkpoint in {str(workdirs.path(workdir))!r} is the best: use "
                 "--checkpoint newest"
             )
         run = Run(config, model, None, info, mesh, None, None, None, optim.no_optimizer())

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = {"errors", "config"}
+SHARED = {"errors", "config", "workdirs"}
 LEAVES = {"data", "optim", "metrics", "parallel", "hosts", "checkpoints", "plots", "watch", "launch"}
 CHAIN = ["ops", "layers", "models", "train", "bench", "pods", "cli"]  # each may import what stands left of it
 ALLOWED = {
     "__init__": {"ops", "layers", "models"},
     "__main__": {"cli"},
     "errors": set(),
-    "config": {"errors"},
+    "workdirs": set(),
+    "config": {"errors", "workdirs"},
     **{leaf: SHARED for leaf in LEAVES},
     "ops": {"errors"},
     "layers": {"errors", "ops"},
@@ -38,11 +39,18 @@ HOMES = {  # the only rooms that may import a library at all
     "matplotlib": {"plots"},
     "tensorboardX": {"metrics"},
     "torch": {"bench"},
+    "etils": {"workdirs", "data"},
     "wandb": set(),
 }
 # At the top of a file these slow every start, or are not installed; some files are themselves imported late.
 LATE = set(HOMES) - {"optax"}
-TOP_LEVEL_BY_RIGHT = {("checkpoints", "orbax"), ("data", "grain"), ("data", "tensorflow_datasets"), ("bench", "torch")}
+TOP_LEVEL_BY_RIGHT = {
+    ("checkpoints", "orbax"),
+    ("data", "grain"),
+    ("data", "tensorflow_datasets"),
+    ("data", "etils"),
+    ("bench", "torch"),
+}
 
 
 def imports(tree: ast.Module, package: str):

@@ -505,7 +505,7 @@ def test_tpu_vm_commands_survive_two_shells(tmp_path, spot):
     script = launch.tpu_vm(training, name="train-1", zone="us-west4-a", topology="v5e:4x4", spot=spot)
     calls = run_with_fake_gcloud(script, tmp_path)
     there = [call for call in calls if call[0] == "python3"]
-    assert there[0] == ["python3", "-m", "pip", "install", "--quiet", "--upgrade", "aaconv[train]", "jax[tpu]"]
+    assert there[0] == ["python3", "-m", "pip", "install", "--quiet", "--upgrade", "aaconv[train,gcs]", "jax[tpu]"]
     words = ["--config", "my file.py:it's", "--workdir", "gs://bucket/a $run"]
     assert there[1] == ["python3", "-m", "aaconv", "train", *words, *(f"--config.{o}" for o in overrides)]
     clouds = [call for call in calls if call[0] != "python3"]
