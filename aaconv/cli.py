@@ -627,17 +627,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _training(arguments: argparse.Namespace) -> Any:
     from aaconv import launch
 
-    workdir = _need_workdir(arguments)
-    # What is wrong with a config is said here, not when hours later the hosts are there.
-    if arguments.config is None or _is_file(arguments.config) or arguments.function is not _launch_gke:
-        _load_config(arguments, or_workdir=False)
+    workdir, config = _need_workdir(arguments), arguments.config or ""
+    if arguments.function is _launch_gke and config and not Path(config.partition(":")[0]).is_file():
+        _say(f"{config} is not on this machine, so it was not checked; it must be in the image")
     else:
-        _say(f"{arguments.config} is not on this machine, so it was not checked; it must be in the image")
-    return launch.Training(arguments.config, workdir, arguments.overrides, shlex.split(arguments.executable))
-
-
-def _is_file(config: str) -> bool:
-    return Path(config.partition(":")[0]).is_file()
+        # What is wrong with a config is said here, not when hours later the hosts are there.
+        _load_config(arguments, or_workdir=False)
+    return launch.Training(config, workdir, arguments.overrides, shlex.split(arguments.executable))
 
 
 def _launch_slurm(arguments: argparse.Namespace) -> int:

@@ -306,6 +306,7 @@ def gke(
                 "maxRestarts": max_restarts,
                 "rules": [
                     {
+                        "name": "saved",
                         "action": "RestartJobSetAndIgnoreMaxRestarts",
                         "onJobFailureReasons": ["PodFailurePolicy"],
                     }

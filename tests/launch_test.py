@@ -125,7 +125,8 @@ class Slurm:
 
     def field(self, job: str, name: str) -> str:
         shown = self.call("scontrol", "show", "job", job)
-        return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)[name]
+        fields = {key: value for key, _, value in (word.partition("=") for word in shown.split())}
+        return fields[name]
 
     def log(self, job: str) -> str:
         path = self.folder / f"slurm-{job}.out"
@@ -342,6 +343,7 @@ JOB_SET = {  # what we use of JobSet v1alpha2 and of the Jobs within; keys, kind
                 "maxRestarts": INTEGER,
                 "rules": [
                     {
+                        "name": (REQUIRED, STRING),
                         "action": (
                             REQUIRED,
                             ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
@@ -394,7 +396,7 @@ def manifest(**options):
 
 def kubernetes_expands(word: str, variables: dict[str, str]) -> str:
     """Puts in values as Kubernetes does in a command: $(NAME) where it knows it, and $$ for one $."""
-    known = lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0])
+    known = lambda m: "$" if m[0] == "$$" else str(variables.get(m[1], m[0]))
     return re.sub(r"\$\$|\$\((\w+)\)", known, word)
 
 
