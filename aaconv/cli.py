@@ -633,7 +633,11 @@ def _training(arguments: argparse.Namespace) -> Any:
     else:
         # What is wrong with a config is said here, not when hours later the hosts are there.
         _load_config(arguments, or_workdir=False)
-    return launch.Training(config, workdir, arguments.overrides, shlex.split(arguments.executable))
+    try:
+        executable = shlex.split(arguments.executable)
+    except ValueError as error:
+        raise UsageError(f"--executable {arguments.executable!r} is no command for a shell: {error}") from error
+    return launch.Training(config, workdir, arguments.overrides, executable)
 
 
 def _launch_slurm(arguments: argparse.Namespace) -> int:

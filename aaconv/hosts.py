@@ -22,9 +22,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -409,8 +409,10 @@ def check_same_folder(folder: Path) -> None:
         def leave_token() -> str:
             if jax.process_index() != 0:
                 return ""
-            token = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".hosts-"))
-            return Path(token.name).name
+            token = folder / f".hosts-{uuid.uuid4().hex}"
+            token.write_text("")
+            stack.callback(token.unlink, missing_ok=True)
+            return token.name
 
         name = exchange(together(leave_token))[0]
         seen = exchange([socket.gethostname(), _appears(folder / name)])

@@ -417,7 +417,7 @@ def _resource_name(name: str, otherwise: str) -> str:
     # As label of DNS; JobSet adds up to 23 characters of its own for pods.
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", made):
         raise ValueError(
-            f"--name {made!r} must start with a letter, hold only a-z, 0-9 and -, not end in -, and have at most 40 "
+            f"--name {made!r} must begin with one of a-z, hold only a-z, 0-9 and -, not end in -, and have at most 40 "
             "characters: name it for example train-1"
         )
     return made

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import faulthandler
+import shutil
 import sys
 import tempfile
 import threading
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from aaconv import workdirs
 
 _TERA = 1e12
 
@@ -191,6 +194,8 @@ class ProfilerWindow:
         if jax.process_index() != 0:
             num_steps = 0
         self._folder, self._clock, self._note = folder, clock, note
+        # jax writes no trace into a bucket.
+        self._trace = Path(tempfile.mkdtemp(prefix="trace-")) if num_steps and workdirs.in_bucket(folder) else folder
         self._window = range(start_step, start_step + num_steps)
         self._first: int | None = None  # in the trace that is being taken
         self._missed = bool(num_steps)
@@ -199,7 +204,7 @@ class ProfilerWindow:
         """Returns ``step_fn(*arguments)``, which computes that step."""
         if self._first is None and step in self._window:
             self._clock.turn_to(Doing.PROFILING, step)
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._trace)
             self._first, self._missed = step, False
             self._clock.turn_to(Doing.STEPPING, step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -214,6 +219,9 @@ class ProfilerWindow:
         self._clock.turn_to(Doing.PROFILING, step)
         first, self._first = self._first, None
         jax.profiler.stop_trace()
+        if self._trace != self._folder:
+            workdirs.copy_files(self._trace, self._folder)
+            shutil.rmtree(self._trace)
         self._note(
             f"traced steps {first} to {step} into {self._folder}: open the .trace.json.gz in there at ui.perfetto.dev, "
             "or the folder in TensorBoard with its profile plugin"
@@ -274,7 +282,7 @@ class HangDetector:
                 report = self._report(f"{now} takes {seconds:.1f} s")
                 _say(report)  # before the file, whose disk may be what hangs
                 reports += report
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):  # of a disk, or of a bucket's library
                     self._file.write_text(reports)
 
     def _report(self, what: str) -> str:

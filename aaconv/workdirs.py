@@ -59,3 +59,11 @@ def move_into(folder: Path, home: Path) -> None:
     if in_bucket(home):
         (home / "about.txt").write_text("Moved here because they could not be read.\n")  # else there is no such folder
     folder.rename(home / f"{folder.name}-{uuid.uuid4().hex[:8]}")
+
+
+def copy_files(folder: Path, target: Path) -> None:
+    """Copies the files below a local folder to the same places below `target`."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        place = target / file.relative_to(folder).as_posix()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())

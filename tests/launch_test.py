@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aaconv import launch, metrics
+from aaconv import cli, launch, metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -172,17 +172,6 @@ def get_config():
     c.eval_every_epochs = 1000.0
     return c
 """
-# Until `aaconv train` asks for the other processes by itself.
-WORKER = """
-import sys
-
-import jax
-
-jax.distributed.initialize()
-from aaconv import cli
-
-sys.exit(cli.main(sys.argv[1:]))
-"""
 # In the place of training: saves when it is told to, and is done when it runs again.
 PATIENT = """#!/bin/bash
 echo "task $SLURM_PROCID, restart ${SLURM_RESTART_COUNT:-0}: $*"
@@ -243,7 +232,6 @@ def test_slurm_jobs_that_are_stopped_by_others_start_again_only_if_they_should(
 
 @pytest.mark.slow
 def test_slurm_training_is_stopped_goes_on_and_gives_what_one_process_gives(slurm, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
     config = tmp_path / "digits.py"
     config.write_text(CONFIG.format(data_dir=tmp_path / "tfds", num_steps=12))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
@@ -254,7 +242,7 @@ def test_slurm_training_is_stopped_goes_on_and_gives_what_one_process_gives(slur
 
     aaconv("prepare", "digits", "--data-dir", str(tmp_path / "tfds"))
     aaconv("train", "--config", str(config), "--workdir", str(tmp_path / "one"))
-    training = launch.Training(str(config), str(tmp_path / "two"), (), [sys.executable, str(tmp_path / "worker.py")])
+    training = launch.Training(str(config), str(tmp_path / "two"), (), [sys.executable, "-m", "aaconv"])
     setup = [
         f"export {name}={shlex.quote(value)}"
         for name, value in environment.items()
@@ -559,5 +547,60 @@ def test_unknown_slices_list_those_there_are(topology, answer):
 
 @pytest.mark.parametrize("name", ["Train", "1st", "a_b", "a-", "a" * 41, "a b"])
 def test_names_that_the_cloud_refuses(name):
-    with pytest.raises(ValueError, match="--name .* must start with a letter"):
+    with pytest.raises(ValueError, match="--name .* must begin with one of a-z"):
         launch.tpu_vm(TRAINING, name=name, zone="z", topology="v5e:4x4")
+
+
+# The command
+
+
+def answer(capsys, line: str) -> tuple[int, str, str]:
+    code = cli.main(shlex.split(line))
+    read = capsys.readouterr()
+    return code, read.out, read.err
+
+
+DIGITS = f"--config {REPOSITORY}/configs/digits.py --workdir gs://bucket/run --config.seed=3"
+
+
+def test_the_command_prints_a_script_and_nothing_else(capsys):
+    code, out, err = answer(capsys, f"launch slurm --nodes 3 {DIGITS} --executable \"'/opt/my venv/aaconv'\"")
+    assert (code, err) == (cli.OK, "")
+    assert out.startswith("#!/bin/bash\n") and "#SBATCH --nodes=3\n" in out
+    assert f"'/opt/my venv/aaconv' train {DIGITS}\n" in out
+
+
+def test_the_command_warns_of_a_disk_that_goes_with_its_machine(capsys):
+    line = f"launch tpu-vm --name a --zone z --topology v5e:4x4 {DIGITS}".replace("gs://bucket", "runs")
+    code, out, err = answer(capsys, line)
+    assert code == cli.OK and out.count("gcloud ") == 5
+    assert "warning: --workdir runs/run must be a disk that outlives the machines and that all 4 hosts share" in err
+
+
+def test_the_command_takes_a_config_that_is_only_in_the_image(capsys):
+    line = "launch gke --topology v5e:1x1 --image i --config /image/x.py --workdir gs://bucket/run"
+    code, out, err = answer(capsys, line)
+    assert code == cli.OK and faults(yaml.safe_load(out), JOB_SET) == []
+    assert "/image/x.py is not on this machine, so it was not checked" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("launch", "nowhere to launch: give one of slurm, gke, tpu-vm"),
+        ("launch slrm", "`aaconv launch` does not know 'slrm'; did you mean 'slurm'?"),
+        (f"launch slurm --nodes 0 {DIGITS}", "0 must be a whole number of at least 1"),
+        (f"launch slurm {DIGITS} --config.sed=1", "unknown config key 'sed' in the command line; did you mean 'seed'"),
+        ("launch slurm --config nowhere.py --workdir x", "config file 'nowhere.py' does not exist"),
+        ("launch slurm --workdir x", "--config is missing"),
+        (f'launch slurm {DIGITS} --executable "a \'b"', "is no command for a shell: No closing quotation"),
+        (f"launch gke --image i {DIGITS}", "--topology is missing, e.g. --topology v5e:4x4"),
+        (f"launch gke --topology v5e:4x4 {DIGITS}", "--image is missing"),
+        (f"launch tpu-vm --name a --topology v5e:4x4 {DIGITS}", "--zone is missing, e.g. --zone us-west4-a"),
+        (f"launch tpu-vm --name a --zone z --topology v5e:3x3 {DIGITS}", "v5e has no slice '3x3', but 1x1, 2x2"),
+    ],
+)
+def test_wrong_lines_are_answered_in_one(capsys, line, says):
+    code, out, err = answer(capsys, line)
+    assert (code, out) == (cli.WRONG_INPUT, "")
+    assert err.startswith("aaconv: error: ") and says in err and err.count("\n") == 1

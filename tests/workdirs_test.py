@@ -60,6 +60,13 @@ def test_a_folder_is_moved_under_a_new_name(tmp_path):
     assert {path.read_text() for path in home.glob("7-*/file")} == {"first", "second"}
 
 
+def test_files_are_copied_to_the_same_places(tmp_path):
+    (tmp_path / "trace/plugins/profile").mkdir(parents=True)
+    (tmp_path / "trace/plugins/profile/x.pb").write_bytes(b"x")
+    workdirs.copy_files(tmp_path / "trace", tmp_path / "run/profile")
+    assert (tmp_path / "run/profile/plugins/profile/x.pb").read_bytes() == b"x"
+
+
 @pytest.mark.parametrize("workdir", ["s3://bucket/run", "gs://", "gs:///", "http://host/run"])
 def test_other_stores_are_refused(workdir):
     with pytest.raises(ValueError, match="must be a folder, or gs://BUCKET/FOLDER"):
@@ -114,13 +121,15 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_gives_what_a_folder_gives(bucke
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    said = finished(aaconv("train", "--config", file, "--workdir", place))
+    traced = ["--config.profile.start_step=20", "--config.profile.num_steps=1"]
+    said = finished(aaconv("train", "--config", file, "--workdir", place, *traced))
     assert f"continuing {place} from step " in said
     rows = [json.loads(line) for line in buckets.objects["bucket", "runs/one/metrics.jsonl"][0].splitlines()]
     updates = lambda rows: [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
     assert updates(rows) == updates(metrics.read_rows(tmp_path / "one"))
     assert json.loads(buckets.objects["bucket", "runs/one/config.json"][0])["num_steps"] == 30
     assert buckets.objects["bucket", "runs/one/curves.png"][0].startswith(b"\x89PNG")
+    assert any(name.endswith(".xplane.pb") for name in buckets.names("bucket", "runs/one/profile/plugins/profile/"))
     assert "checkpoint      gs://bucket/runs/one/checkpoints/30" in finished(aaconv("eval", "--workdir", place))
 
 
