@@ -63,6 +63,7 @@ class Slurm:
             "AccountingStorageType": "accounting_storage/none",
             "SelectType": "select/linear",
             "SchedulerType": "sched/builtin",
+            "SchedulerParameters": "sched_interval=1",  # seconds; a minute by default
             "MpiDefault": "none",
             "KillWait": 30,
         }
