@@ -323,7 +323,7 @@ def gke(
         f"#   --machine-type={machine} --tpu-topology={found.topology}",
         f"# Exit code {SAVED} (SIGTERM came, all processes saved the same step) and evictions fail the Job by its",
         "# podFailurePolicy, and the JobSet starts all pods again, which go on from the last checkpoint. A pod has",
-        f"# {save_seconds} s for that, or the 25 s that a spot node leaves it; other failures are tried again"
+        f"# {save_seconds} s for that, on a spot node less than half a minute; other failures are tried again"
         f" {max_restarts} times.",
     ]
     return "\n".join([*head, yaml.safe_dump(manifest, sort_keys=False, width=1000)])
