@@ -10,6 +10,9 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+BATCH = ("group", "data", "fsdp")
+"""The mesh axes of type Auto that divide the batch, jointly and in this order."""
+
 
 def by_device(
     attend: Callable[..., jax.Array],
@@ -33,8 +36,8 @@ def by_device(
       spatial_ndim: number of spatial axes.
       q, k, v: ``(*b, *space, n, depth)``.
       *whole: trees of arrays that every device has whole.
-      automatic: whether to divide the batch over the first axis of type Auto too, where that divides it:
-        for what the compiler cannot divide by itself.
+      automatic: whether to divide the batch over axes of type Auto too, where they divide it: over `BATCH`, or the
+        first in a mesh without such names; for what the compiler cannot divide by itself.
       check_vma: as in `jax.shard_map`.
 
     Returns:
@@ -54,8 +57,9 @@ def by_device(
         put = lambda x, *spec: jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
         q, k, v = (put(x, *split) for x in (q, k, v))
         whole = jax.tree.map(put, whole)
-    if auto and batch and split[0] is None and q.shape[0] % mesh.shape[auto[0]] == 0:
-        split[0] = auto[0]
+    dividing = [name for name in BATCH if name in auto] or auto[:1]
+    if dividing and batch and split[0] is None and q.shape[0] % math.prod(mesh.shape[x] for x in dividing) == 0:
+        split[0] = tuple(dividing)
     spec = PartitionSpec(*split)
     return jax.shard_map(
         attend,
