@@ -423,6 +423,22 @@ def _add_pods(add: Callable[..., _Parser]) -> None:
         "--no-largest-batch", action="store_true", help="do not look for the largest batch: fewer compilations"
     )
     compile.add_argument("--json", default="", metavar="FILE", help="write the figures to it as well")
+    plan = add(
+        "plan",
+        _plan,
+        "Choose the augmented stages: from the last one backwards as far as memory allows, by compiling.",
+        config=of_config,
+    )
+    plan.epilog = f"Exit code {DOES_NOT_FIT}: not even the last stage fits. " + (plan.epilog or "")
+    plan.add_argument(
+        "--topology", default="", metavar="TPU", help="compile for one chip of it, with a chip's share of the batch"
+    )
+    plan.add_argument(
+        "--memory-gb", type=_positive, metavar="GB", help="instead: compile for one device here, with the whole batch"
+    )
+    plan.add_argument(
+        "--output", default="", metavar="FILE", help="write the config with the chosen stages, for --config (.json)"
+    )
 
 
 def _parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], argparse.Namespace]:
@@ -802,6 +818,20 @@ def _compile(arguments: argparse.Namespace) -> int:
         note=_say,
     )
     return OK if fits else DOES_NOT_FIT
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments, or_workdir=False)
+    from aaconv.pods import plan
+
+    found = plan.run(
+        config,
+        topology=arguments.topology,
+        memory_gb=arguments.memory_gb,
+        output=arguments.output,
+        note=_say,
+    )
+    return OK if found.ours is not None else DOES_NOT_FIT
 
 
 def _version(arguments: argparse.Namespace) -> int:

@@ -136,6 +136,7 @@ def test_every_room_is_known():
         ("aaconv/metrics.py", "class A:\n    import tensorboardX"),
         ("aaconv/ops/new.py", "def f():\n    import torch"),
         ("aaconv/train.py", "from aaconv import bench"),
+        ("aaconv/bench/new.py", "from aaconv import pods"),
         ("aaconv/bench/__init__.py", "import torch"),
         ("configs/new.py", "from aaconv import config"),
         ("configs/new.py", "import numpy as np"),

@@ -20,7 +20,8 @@ from aaconv.bench import traffic
 from aaconv.pods.chips import HOP_SECONDS, Slice
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+# An order of the devices may follow the mesh: as many of them as a grid, transposed.
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
@@ -108,18 +109,27 @@ def _group(attributes: str, devices: int) -> tuple[int, ...]:
         return tuple(dict.fromkeys(map(int, first.groups()))) if first else (0,)
     mesh = _MESH.search(attributes)
     if mesh:
-        return _mesh_group(mesh[1], mesh[2])
+        order = _grid(_numbers(mesh[2]), _numbers(mesh[3])).ravel() if mesh[2] else None
+        group = _mesh_group(mesh[1], mesh[4])
+        return group if order is None else tuple(int(order[position]) for position in group)
     iota = _IOTA.search(attributes)
     if iota:
-        shape, sizes = ([int(x) for x in text.split(",")] for text in iota.groups()[:2])
-        order = [int(x) for x in iota[3].split(",")] if iota[3] else list(range(len(sizes)))
-        groups = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
-        return tuple(map(int, groups.reshape(shape[0], -1)[0]))
+        groups = _grid(_numbers(iota[2]), _numbers(iota[3])).reshape(_numbers(iota[1])[0], -1)
+        return tuple(map(int, groups[0]))
     lists = _LISTS.search(attributes)
     if lists and lists[1]:
         inner = re.match(r"\{([\d,]*)\}", lists[1])
         return tuple(map(int, inner[1].split(","))) if inner else (0,)
     return tuple(range(devices))
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(x) for x in text.split(",")] if text else []
+
+
+def _grid(sizes: list[int], order: list[int]) -> np.ndarray:
+    """The numbers from 0 in a grid, transposed."""
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes)))
 
 
 def _mesh_group(axes: str, named: str) -> tuple[int, ...]:
