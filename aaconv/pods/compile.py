@@ -80,6 +80,8 @@ def run(
         print("\n" + "\n".join(page.program(program, slice, totals, least)), flush=True)
         found[name] = page.as_json(program, slice, totals, least)
         fits = fits and program.fits(slice.device_memory)
+        if json_file:  # what is known, should the rest be interrupted
+            _write(json_file, config, slice, found, fits)
         if largest_batch and name == TRAINING:
             answer = find_largest(config, built, program, slice, devices, note)
             print("\n".join(_say_largest(answer, built, slice)), flush=True)

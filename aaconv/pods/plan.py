@@ -1,6 +1,6 @@
 """``aaconv plan``: which stages to augment, by the paper's rule, with the compiler as the judge.
 
-Bello et al. (2019), 3.3: augment starting from the last layer, where maps are small, towards the first, as far as memory
+Bello et al. (2019), 3.3: augment from the last layer, where maps are small, towards the first, as far as memory
 allows.
 """
 
@@ -88,8 +88,8 @@ def run(
 
     Args:
       config: from `aaconv.config.load`, of a network that takes ``stages``.
-      topology: a TPU slice, which need not be here: the step is compiled for one of its chips, with a chip's share of the
-        batch.
+      topology: a TPU slice, which need not be here: the step is compiled for one of its chips, with a chip's share of
+        the batch.
       memory_gb: instead: memory in units of 10^9 bytes; the step is compiled for one device of this machine, with the
         whole batch.
       output: a file for the config with the chosen stages, which ``--config`` takes; "" for none.

@@ -1,4 +1,4 @@
-"""Compiles AA-ResNet-50's training step for slices of TPUs and writes what it needs to results.csv.
+"""Compiles AA-ResNet-50's training step for slices of TPUs, and writes the pages and results.csv.
 
 COMMAND: python experiments/pod_steps/run.py [TOPOLOGY ...]
 
@@ -22,15 +22,15 @@ CHIPS = {"v5e:1x1": 1, "v5e:4x4": 16, "v5e:16x16": 256, "v5p:2x2x1": 4, "v5p:4x4
 COLUMNS = (
     "topology chips images_a_chip batch_size fits total_bytes parameters_bytes optimiser_bytes temporaries_bytes "
     "padding_bytes model_flops compiler_flops hbm_bytes all_reduces all_reduce_bytes all_reduce_s other_collectives "
-    "compute_s memory_s network_s bound_images_per_s largest_fits largest_refused largest_line refused compile_s "
+    "compute_s memory_s network_s bound_images_per_s refused compile_s "
     "date revision jax jaxlib libtpu cpu cores"
 ).split()
 
 
 def main(topologies: list[str]) -> None:
     file = HERE / "results.csv"
-    rows = list(csv.DictReader(file.open())) if file.exists() else []
     for topology in topologies or CHIPS:
+        rows = list(csv.DictReader(file.open())) if file.exists() else []
         if any(row["topology"] == topology for row in rows):
             print(f"{topology}: has its row in {file.name}")
             continue
@@ -48,16 +48,17 @@ def measure(topology: str) -> dict[str, object]:
         figures = Path(folder) / "figures.json"
         words = ["compile", "--config", CONFIG, "--topology", topology, f"--config.batch_size={batch}", "--train-only"]
         words += [f"--config.eval_batch_size={batch}", "--json", str(figures)]
-        # The largest batch a chip hardly depends on the number of chips, and takes four compilations more.
-        words += [] if CHIPS[topology] == 1 else ["--no-largest-batch"]
-        done = subprocess.run([sys.executable, "-m", "aaconv", *words], cwd=HERE.parents[1])
+        words += ["--no-largest-batch"]  # which takes up to four compilations more
+        done = subprocess.run(
+            [sys.executable, "-m", "aaconv", *words], cwd=HERE.parents[1], stdout=subprocess.PIPE, text=True
+        )
         if done.returncode not in (0, 4):
             sys.exit(done.returncode)
+        (HERE / f"{topology.replace(':', '_')}.txt").write_text(done.stdout)
         found = json.loads(figures.read_text())
     step = found["programs"]["training step"]
     memory, told = step["memory"], step["collectives"]
     reduced = told.get("all-reduce", {"count": 0, "bytes": 0, "seconds": 0.0})
-    best = step.get("largest_batch", {})
     row = {
         "topology": topology,
         "chips": found["chips"],
@@ -75,10 +76,6 @@ def measure(topology: str) -> dict[str, object]:
         "all_reduce_s": reduced["seconds"],
         "other_collectives": sum(x["count"] for kind, x in told.items() if kind != "all-reduce"),
         **{f"{key}_s": value for key, value in step["seconds"].items()},
-        **{
-            f"largest_{new}": best.get(key)
-            for new, key in (("fits", "fits"), ("refused", "refused"), ("line", "model"))
-        },
         "compile_s": step["compile_seconds"],
     }
     return {**row, **{key: found.get(key) for key in COLUMNS[-7:]}}

@@ -21,10 +21,12 @@ def mesh():
     return jax.make_mesh((2, 4), ("slow", "fast"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def read(mesh, function, shape=(8 * FLOATS,), out=P(("slow", "fast"))):
-    every = P(("slow", "fast"))
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=every, out_specs=out, check_vma=False)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, every))
+EVERY = P(("slow", "fast"))
+
+
+def read(mesh, function, out=EVERY):
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=EVERY, out_specs=out, check_vma=False)
+    x = jax.ShapeDtypeStruct((8 * FLOATS,), jnp.float32, sharding=NamedSharding(mesh, EVERY))
     return collectives.read(jax.jit(mapped).lower(x).compile().as_text(), mesh.size)
 
 
@@ -69,7 +71,7 @@ def test_arrays_that_are_reduced_together_add_up(mesh):
 
 
 def test_what_xla_divides_by_itself_is_found_too(mesh):
-    rows, whole = NamedSharding(mesh, P(("slow", "fast"))), NamedSharding(mesh, P())
+    rows, whole = NamedSharding(mesh, EVERY), NamedSharding(mesh, P())
     x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=rows)
     text = jax.jit(lambda x: x.T @ x, out_shardings=whole).lower(x).compile().as_text()
     (found,) = collectives.read(text, mesh.size)
