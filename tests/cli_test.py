@@ -269,7 +269,10 @@ def test_folder_without_checkpoint(trained, images, aaconv, tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", "no command: give one of train, eval, show, models, predict, prepare, launch, bench, compile, plan, version"),
+        (
+            "",
+            "no command: give one of train, eval, show, models, predict, prepare, launch, bench, compile, plan, ",
+        ),
         ("trian", "unknown command 'trian'; did you mean 'train'"),
         ("xyz", "unknown command 'xyz': give one of train"),
         ("train", "--config is missing"),
