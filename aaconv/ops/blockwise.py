@@ -94,8 +94,11 @@ def attend(
     if turned:
         q, k, v = (jnp.swapaxes(x, -3, -4) for x in (q, k, v))
         rel = None if rel is None else (*rel[:-2], rel[-1], rel[-2])
-    attend: Any = lambda *arrays: _attend(*mesh.vary_alike(*arrays), options)
-    out = mesh.by_device(attend, spatial_ndim, q, k, v, rel, jnp.asarray(scale)).astype(dtype)
+    one_device: Any = lambda *arrays: _attend(*mesh.vary_alike(*arrays), options)
+    each_device = (functools.partial(function, **vars(options)) for function in (forward, backward))
+    rows = 1 if turned and spatial_ndim == 2 else 0
+    out = mesh.by_device(one_device, *each_device, spatial_ndim, q, k, v, rel, jnp.asarray(scale), rows=rows)
+    out = out.astype(dtype)
     return jnp.swapaxes(out, -3, -4) if turned else out
 
 
@@ -129,7 +132,9 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
     """Attends block by block.
 
     Args:
-      q, k, v, rel, scale, spatial_ndim, precision: as in `aaconv.ops.relative_attention`, checked.
+      q, k, v, rel, scale, spatial_ndim, precision: as in `aaconv.ops.relative_attention`, checked. The queries'
+        map may be of another size than the keys': a table then has a row less than both sizes together, and row
+        ``offset + queries - 1`` serves ``offset = key - query``, both counted from their own map's edge.
       blocks: `BlockSizes`, or None to take them from the shape and ``platform``.
       platform: a key of `TILE`.
 
@@ -137,7 +142,7 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
       The output ``(*b, *space, n, e)`` in the inputs' dtype, and the logarithms of the softmax's
       denominators ``(*b, *space, n)`` in float32 or wider.
     """
-    cut = _cut(q, spatial_ndim, blocks, platform, precision)
+    cut = _cut(q, k, spatial_ndim, blocks, platform, precision)
     before, after = _scales(q.dtype, scale)
     # The column of ones has the product with the values sum the denominator too.
     v1 = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
@@ -178,7 +183,7 @@ def forward(q, k, v, rel, scale, *, spatial_ndim, precision=None, blocks=None, p
         return None, lax.scan(block, None, (q, starts))[1]
 
     _, (out, log_total) = cut.over_groups(group, None, by_group)
-    return cut.from_queries(out, v.shape), cut.from_queries(log_total, (*q.shape[:-1], 1))[..., 0]
+    return cut.from_queries(out, (*q.shape[:-1], v.shape[-1])), cut.from_queries(log_total, (*q.shape[:-1], 1))[..., 0]
 
 
 def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precision=None, blocks=None, platform="cpu"):
@@ -192,7 +197,7 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
     Returns:
       The gradients of ``q, k, v, rel, scale``, each in its input's shape and dtype.
     """
-    cut = _cut(q, spatial_ndim, blocks, platform, precision)
+    cut = _cut(q, k, spatial_ndim, blocks, platform, precision)
     wide = relative.logits_dtype(q.dtype)
     before, after = _scales(q.dtype, scale)
     e = v.shape[-1]
@@ -259,7 +264,8 @@ def backward(q, k, v, rel, scale, out, log_total, d_out, *, spatial_ndim, precis
 class _Cut:
     """How one call is cut into groups of (image, head) pairs and blocks of lines, and put together again."""
 
-    space: tuple[int, ...]  # a signal is given a last axis of one position
+    space: tuple[int, ...]  # of the keys; a signal is given a last axis of one position
+    query_space: tuple[int, ...]
     spatial_ndim: int
     lines: int  # of a block
     images: int  # of a group
@@ -269,18 +275,18 @@ class _Cut:
 
     @property
     def frames(self) -> int:
-        """Maps of two axes in a volume."""
-        return math.prod(self.space[:-2])
+        """Maps of two axes in a volume of queries."""
+        return math.prod(self.query_space[:-2])
 
     @property
     def blocks(self) -> int:
         """Of a frame."""
-        return -(-self.space[-2] // self.lines)
+        return -(-self.query_space[-2] // self.lines)
 
     @property
     def spare(self) -> int:
         """Lines of a frame's last block that are not there."""
-        return self.blocks * self.lines - self.space[-2]
+        return self.blocks * self.lines - self.query_space[-2]
 
     @property
     def key_axes(self) -> tuple[int, ...]:
@@ -292,11 +298,11 @@ class _Cut:
 
     # Arrays of the caller -> arrays with a leading axis of groups.
 
-    def _grouped(self, x):
+    def _grouped(self, x, space):
         """``(*b, *space, n, c)`` -> ``(groups, images, heads, frames, lines, w, c)``."""
         *_, n, c = x.shape
         images = math.prod(x.shape[: x.ndim - 2 - self.spatial_ndim])
-        x = x.reshape(images, self.frames, *self.space[-2:], n, c)
+        x = x.reshape(images, math.prod(space[:-2]), *space[-2:], n, c)
         if (images, n) == (self.images, self.heads):
             return jnp.transpose(x, (0, 4, 1, 2, 3, 5))[None]
         x = x.reshape(self.images, images // self.images, *x.shape[1:4], n // self.heads, self.heads, c)
@@ -305,7 +311,7 @@ class _Cut:
 
     def queries(self, x):
         """-> ``(groups, blocks, images, heads, c, lines, w)``."""
-        x = self._grouped(x)
+        x = self._grouped(x, self.query_space)
         if self.spare:
             x = jnp.pad(x, [(0, self.spare if axis == 4 else 0) for axis in range(x.ndim)])
         x = x.reshape(*x.shape[:3], self.frames * self.blocks, self.lines, *x.shape[5:])
@@ -313,7 +319,7 @@ class _Cut:
 
     def keys(self, x):
         """-> ``(groups, images, heads, keys, c)``."""
-        x = self._grouped(x)
+        x = self._grouped(x, self.space)
         return x.reshape(*x.shape[:3], math.prod(self.space), x.shape[-1])
 
     def values(self, x):
@@ -338,8 +344,9 @@ class _Cut:
         """``(groups, blocks, images, heads, c, queries)`` -> the caller's ``shape``."""
         groups, _, b, h, c, queries = x.shape
         x = jnp.transpose(x, (0, 2, 3, 1, 5, 4))
-        x = x.reshape(groups, b, h, self.frames, self.blocks * queries, c)[:, :, :, :, : math.prod(self.space[-2:])]
-        return self._ungrouped(x.reshape(groups, b, h, math.prod(self.space), c), shape)
+        x = x.reshape(groups, b, h, self.frames, self.blocks * queries, c)
+        x = x[:, :, :, :, : math.prod(self.query_space[-2:])]
+        return self._ungrouped(x.reshape(groups, b, h, math.prod(self.query_space), c), shape)
 
     def over_groups(self, group, carry, xs):
         """`lax.scan`, without the loop where there is one group."""
@@ -351,20 +358,21 @@ class _Cut:
     # The tile.
 
     def tables(self, rel, dtype):
-        """Tables as the blocks want them: by offset, and for the last axis ``(w, w, d)`` by query and key."""
+        """Tables as the blocks want them: by offset, and for the last axis ``(w, k, d)`` by query and key."""
         if rel is None:
             return ()
         tables = [table.astype(dtype) for table in rel]
         if self.spatial_ndim > 1:
-            tables[-1] = relative.rows_by_query(tables[-1], self.space[-1])
+            tables[-1] = relative.rows_by_query(tables[-1], self.query_space[-1])
         at = len(self.space) - 2
         tables[at] = jnp.pad(tables[at], ((self.spare, 0), (0, 0)))  # for lines that are not there
         return tuple(tables)
 
     def starts(self):
         """``(blocks, axes but the last)``: the first row of each table that a block needs."""
-        at = np.unravel_index(np.arange(self.frames), self.space[:-2]) if self.space[:-2] else ()
-        frames = [np.repeat(size - 1 - here, self.blocks) for size, here in zip(self.space[:-2], at, strict=True)]
+        sizes = self.query_space[:-2]
+        at = np.unravel_index(np.arange(self.frames), sizes) if sizes else ()
+        frames = [np.repeat(size - 1 - here, self.blocks) for size, here in zip(sizes, at, strict=True)]
         lines = np.tile(np.arange(self.blocks)[::-1] * self.lines, self.frames)
         return jnp.asarray(np.stack([*frames, lines], -1), jnp.int32)
 
@@ -488,24 +496,24 @@ def _unskew(x):
     return jnp.pad(flat, [*none, (r - 1, 1)]).reshape(*lead, r, size + r - 1)
 
 
-def _cut(q, spatial_ndim, blocks, platform, precision) -> _Cut:
+def _cut(q, k, spatial_ndim, blocks, platform, precision) -> _Cut:
     sizes = blocks or BlockSizes()
     tile, queries = TILE[platform]
     batch = q.shape[: q.ndim - 2 - spatial_ndim]
-    space = q.shape[len(batch) : -2]
-    if spatial_ndim == 1:
-        space = (*space, 1)
-    images, heads, (height, width) = math.prod(batch), q.shape[-2], space[-2:]
+    last = () if spatial_ndim > 1 else (1,)
+    query_space, space = ((*x.shape[len(batch) : -2], *last) for x in (q, k))
+    images, heads, (height, width) = math.prod(batch), q.shape[-2], query_space[-2:]
     if sizes.query is None:
         blocks = -(-height // max(1, queries // width))
         lines = -(-height // blocks)
     else:
-        if sizes.query % width or sizes.query > width * height:
+        whole, line = space[-2] * space[-1], space[-1]
+        if sizes.query % line or sizes.query > whole:
             raise ValueError(
-                f"BlockSizes(query={sizes.query}) for maps of {' x '.join(map(str, space[-2:]))}: `blockwise` takes "
-                f"whole lines of the shorter axis, a multiple of {width} and at most {width * height}"
+                f"BlockSizes(query={sizes.query}) for maps of {space[-2]} x {line}: `blockwise` takes "
+                f"whole lines of the shorter axis, a multiple of {line} and at most {whole}"
             )
-        lines = sizes.query // width
+        lines = min(sizes.query // width, height)  # a device may have a part of the queries' map only
     pairs = sizes.pairs or max(1, tile // (lines * width * math.prod(space)))
     if isinstance(images, int) and images and mesh.alone(q):
         heads = _divisor(heads, pairs)
@@ -515,7 +523,7 @@ def _cut(q, spatial_ndim, blocks, platform, precision) -> _Cut:
         # All images at once: over several devices a loop would go through the parts of one after another.
         known = images if isinstance(images, int) else 1
         heads = _divisor(heads, max(1, pairs // max(1, known)))
-    return _Cut(space, spatial_ndim, lines, images, heads, precision, platform)
+    return _Cut(space, query_space, spatial_ndim, lines, images, heads, precision, platform)
 
 
 def _divisor(size: int, most: int) -> int:

@@ -183,9 +183,9 @@ def logits_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def rows_by_query(table: jax.Array, size: int) -> jax.Array:
-    """``(2 * size - 1, d)`` rows by offset -> ``(size, size, d)`` rows by query and key position."""
-    position = jnp.arange(size)
-    return table[position[None, :] - position[:, None] + size - 1]
+    """``(size + keys - 1, d)`` rows by offset -> ``(size, keys, d)`` rows by query, of ``size``, and key position."""
+    query, key = jnp.arange(size), jnp.arange(len(table) + 1 - size)
+    return table[key[None, :] - query[:, None] + size - 1]
 
 
 def check_arrays(arrays: Mapping[str, Any], *, floating: bool = True) -> None:
