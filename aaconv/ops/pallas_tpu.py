@@ -87,12 +87,9 @@ def attend(
     the caller has to choose ``interpret=True`` or another implementation.
 
     **On a mesh.** A kernel is not divided by the compiler, so the call is put in `jax.shard_map` over the
-    mesh that its arguments live on (`jax.typeof`; arrays on a mesh and `jax.set_mesh` both say it). On axes
-    of type Auto the batch is split over the first of them where that divides it; on Explicit axes the
-    arguments say themselves how batch and heads are split; on axes that are Manual already, the user's own
-    shard_map has split them. The tables are whole on every device and their gradients are summed over
-    the devices by the transpose of shard_map. `jax.experimental.custom_partitioning`, which would ask for
-    no mesh, is unknown to the TPU compiler when it compiles ahead of time.
+    mesh that its arguments live on (`jax.typeof`; arrays on a mesh and `jax.set_mesh` both say it), which
+    divides batch, heads and rows as `aaconv.ops.mesh.by_device` says. `jax.experimental.custom_partitioning`,
+    which would ask for no mesh, is unknown to the TPU compiler when it compiles ahead of time.
 
     Args:
       q: ``(*b, *space, n, d)``, bfloat16 or float32.
@@ -124,21 +121,32 @@ def attend(
     reason = reason_not(q.shape, v.shape[-1], q.dtype, **problem, device_kind=device_kind)
     if reason is not None:
         raise NotImplementedError(f"pallas_tpu cannot serve: {reason}")
-    space = tuple(q.shape[-2 - spatial_ndim : -2])
-    plan = _plan(space, q.shape[-1], v.shape[-1], q.dtype, rel is not None, blocks)
-    plan = dataclasses.replace(
-        plan,
-        limit=_limit(device_kind),
-        scale=float(scale),
-        precision=_precision(q.dtype, precision),
-        interpret=interpret,
-    )
     tables = () if rel is None else tuple(table.astype(q.dtype) for table in rel)
     if 0 in v.shape:
         return jnp.zeros_like(v)
-    # Interpret mode does not follow what varies over a mesh.
-    maps = functools.partial(_attend_maps, plan)
-    return mesh.by_device(maps, spatial_ndim, q, k, v, tables, automatic=True, check_vma=not interpret)
+
+    def plan(q, k, v, tables) -> _Plan:
+        queries, keys = (tuple(x.shape[-2 - spatial_ndim : -2]) for x in (q, k))
+        return dataclasses.replace(
+            _plan(keys, q.shape[-1], v.shape[-1], q.dtype, bool(tables), blocks, rows=queries[0]),
+            limit=_limit(device_kind),
+            scale=float(scale),
+            precision=_precision(q.dtype, precision),
+            interpret=interpret,
+        )
+
+    return mesh.by_device(
+        lambda *inputs: _attend_maps(plan(*inputs), *inputs),
+        lambda *inputs: _forward_maps(plan(*inputs), *inputs),
+        lambda *saved: _backward_maps(plan(*saved[:4]), *saved),
+        spatial_ndim,
+        q,
+        k,
+        v,
+        tables,
+        automatic=True,
+        check_vma=not interpret,  # interpret mode does not follow what varies over a mesh
+    )
 
 
 def reason_not(
@@ -247,7 +255,8 @@ class _Plan:
     its `window`. Each group is padded to whole tiles of 8 rows.
     """
 
-    space: tuple[int, ...]
+    space: tuple[int, ...]  # of the keys
+    rows: int  # of the queries' map: its first axis, the others are the keys'
     d: int
     e: int
     dtype: np.dtype
@@ -261,11 +270,16 @@ class _Plan:
 
     @property
     def pixels(self) -> int:
+        """Of the keys."""
         return math.prod(self.space)
 
     @property
+    def query_pixels(self) -> int:
+        return self.rows * math.prod(self.space[1:])
+
+    @property
     def query_blocks(self) -> int:
-        return pl.cdiv(self.pixels, self.query)
+        return pl.cdiv(self.query_pixels, self.query)
 
     @property
     def key_blocks(self) -> int:
@@ -273,13 +287,24 @@ class _Plan:
 
     @property
     def lanes(self) -> int:
-        """Of the maps in VMEM: whole blocks of queries."""
+        """Of the queries' maps in VMEM: whole blocks of queries."""
         return self.query_blocks * self.query
 
     @property
     def stored(self) -> int:
-        """Of the maps in HBM: a block may reach past the last pixel only as far as the last 128 lanes do."""
-        return self.pixels if self.lanes == _up(self.pixels, LANES) else self.lanes
+        """Of the queries' maps in HBM: a block may reach past the last pixel only as far as the last 128 lanes do."""
+        return self.query_pixels if self.lanes == _up(self.query_pixels, LANES) else self.lanes
+
+    @property
+    def key_lanes(self) -> int:
+        """Of the keys' maps in VMEM."""
+        return _up(self.pixels, LANES)
+
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """Rows of the tables: an offset of each key to each query of an axis."""
+        reaches = (self.rows, *self.space[1:]) if self.positions else ()
+        return tuple(reach + size - 1 for reach, size in zip(reaches, self.space, strict=False))
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -322,8 +347,8 @@ class _Plan:
     def offsets(self) -> tuple[int, ...]:
         """First rows of the tables in one stack, each padded to whole tiles, and one past the last."""
         at = [0]
-        for size in self.space if self.positions else ():
-            at.append(at[-1] + _up(2 * size - 1, SUBLANES))
+        for rows in self.tables:
+            at.append(at[-1] + _up(rows, SUBLANES))
         return tuple(at)
 
     def maps_a_step(self, count: int) -> int:
@@ -336,8 +361,8 @@ class _Plan:
         """Bytes of VMEM the backward kernel takes, about: blocks twice, scratch, and the tile's values."""
         item = self.dtype.itemsize
         keys = self.key_blocks * _up(self.key, LANES)
-        rows = 3 * _up(self.d, 16) * 2 + _up(self.e, 16) * 4
-        blocks = 2 * maps * self.lanes * (rows * item + 4 * SUBLANES)
+        rows = 3 * _up(self.d, 16) + _up(self.e, 16) * 2
+        blocks = 2 * maps * ((self.lanes + self.key_lanes) * rows * item + self.lanes * 4 * SUBLANES)
         scratch = keys * (_up(self.depth, LANES) + LANES * pl.cdiv(self.e, LANES) + self.depth) * item
         scratch += 4 * keys * (_up(self.d, SUBLANES) + _up(self.e, SUBLANES))
         scratch += 8 * (self.fixed + self.lines) * self.query
@@ -367,9 +392,10 @@ def _precision(dtype, precision: lax.PrecisionLike) -> lax.Precision | None:
         raise NotImplementedError(f"it knows the members of jax.lax.Precision, not precision={precision!r}") from None
 
 
-def _plan(space, d, e, dtype, positions, blocks) -> _Plan:
+def _plan(space, d, e, dtype, positions, blocks, rows=None) -> _Plan:
     blocks = blocks or BlockSizes()
-    pixels = math.prod(space)
+    pixels, lines = math.prod(space), space[0] if rows is None else rows
+    query_pixels = lines * math.prod(space[1:])
     rows = SUBLANES * 4 // np.dtype(dtype).itemsize
     query, key = blocks.query, blocks.key
     if query is None:
@@ -377,7 +403,7 @@ def _plan(space, d, e, dtype, positions, blocks) -> _Plan:
         # the shifter's rows, 2 * size an axis, have to fit as well.
         most = min(LONGEST_BLOCK, 2**18 // (2 * sum(space) if positions else 1))
         sizes = range(LANES, max(LANES, most) + 1, LANES)
-        query = min(sizes, key=lambda size: _up(pixels, size) * (1 + 32 / size))
+        query = min(sizes, key=lambda size: _up(query_pixels, size) * (1 + 32 / size))
     elif query % LANES:
         raise ValueError(
             f"BlockSizes(query={query}) must be a multiple of the {LANES} lanes of a TPU: "
@@ -390,8 +416,8 @@ def _plan(space, d, e, dtype, positions, blocks) -> _Plan:
             f"BlockSizes(key={key}) must be a multiple of the {rows} rows of a TPU tile of {np.dtype(dtype)}: "
             f"use {_up(key, rows)}, or None to have it chosen"
         )
-    query, key = min(query, _up(pixels, LANES)), min(_up(key, rows), _up(pixels, rows))
-    return _Plan(space, d, e, np.dtype(dtype), positions, query, key)
+    query, key = min(query, _up(query_pixels, LANES)), min(_up(key, rows), _up(pixels, rows))
+    return _Plan(space, lines, d, e, np.dtype(dtype), positions, query, key)
 
 
 # ---------------------------------------------------------------------------------- around the kernels
@@ -399,20 +425,51 @@ def _plan(space, d, e, dtype, positions, blocks) -> _Plan:
 
 def _attend_maps(plan: _Plan, q, k, v, tables):
     """Lays the maps out as the kernels want them, ``(b * n, depth, pixels)``, and back."""
-    *lead, n, e = v.shape
-    batch = lead[: len(lead) - len(plan.space)]
-    count = math.prod(batch)
+    o: Any = _attend(plan, *mesh.vary_alike(*_laid_out(plan, q, k, v), _stacked(plan, tables)))
+    return _pixels_first(plan, o, v.shape)
 
-    def pixels_last(x):
-        x = x.reshape(count, plan.pixels, n, x.shape[-1])
-        x = jnp.transpose(x, (0, 2, 3, 1)).reshape(count * n, x.shape[-1], plan.pixels)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, plan.stored - plan.pixels))) if plan.stored > plan.pixels else x
 
-    table = [jnp.pad(t, ((0, _up(len(t), SUBLANES) - len(t)), (0, 0))) for t in tables]
-    table = jnp.concatenate(table) if table else jnp.zeros((SUBLANES, plan.d), plan.dtype)
-    o: Any = _attend(plan, *mesh.vary_alike(pixels_last(q), pixels_last(k), pixels_last(v), table))
-    o = o[:, :, : plan.pixels].reshape(count, n, e, plan.pixels)
-    return jnp.transpose(o, (0, 3, 1, 2)).reshape(v.shape)
+def _forward_maps(plan: _Plan, q, k, v, tables):
+    """`_attend_maps`, and the logarithms of the sums ``(*b, *space, n)``."""
+    o, lse = _forward(plan, *_laid_out(plan, q, k, v), _stacked(plan, tables))
+    return _pixels_first(plan, o, (*q.shape[:-1], plan.e)), _pixels_first(plan, lse, (*q.shape[:-1], 1))[..., 0]
+
+
+def _backward_maps(plan: _Plan, q, k, v, tables, o, lse, do):
+    """The gradients of q, k, v and the tables."""
+    of_queries = (_pixels_last(plan, x, plan.stored) for x in (o, lse[..., None], do))
+    dq, dk, dv, dtable = _backward(plan, *_laid_out(plan, q, k, v), _stacked(plan, tables), *of_queries)
+    dtables = tuple(dtable[at : at + rows] for at, rows in zip(plan.offsets, plan.tables, strict=False))
+    return *(_pixels_first(plan, dx, x.shape) for dx, x in ((dq, q), (dk, k), (dv, v))), dtables
+
+
+def _laid_out(plan: _Plan, q, k, v):
+    return _pixels_last(plan, q, plan.stored), _pixels_last(plan, k), _pixels_last(plan, v)
+
+
+def _pixels_last(plan: _Plan, x, stored: int = 0):
+    """``(*b, *space, n, depth)`` -> ``(b * n, depth, pixels)``, filled up to what is to be ``stored``."""
+    *lead, n, depth = x.shape
+    batch = len(lead) - len(plan.space)
+    count, pixels = math.prod(lead[:batch]), math.prod(lead[batch:])
+    x = x.reshape(count, pixels, n, depth)
+    x = jnp.transpose(x, (0, 2, 3, 1)).reshape(count * n, depth, pixels)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, stored - pixels))) if stored > pixels else x
+
+
+def _pixels_first(plan: _Plan, x, shape):
+    """``(b * n, depth, pixels)`` -> the caller's ``shape``."""
+    *lead, n, depth = shape
+    batch = len(lead) - len(plan.space)
+    count, pixels = math.prod(lead[:batch]), math.prod(lead[batch:])
+    x = x[:, :, :pixels].reshape(count, n, depth, pixels)
+    return jnp.transpose(x, (0, 3, 1, 2)).reshape(shape)
+
+
+def _stacked(plan: _Plan, tables):
+    """All tables in one, each padded to whole tiles."""
+    padded = [jnp.pad(t, ((0, _up(len(t), SUBLANES) - len(t)), (0, 0))) for t in tables]
+    return jnp.concatenate(padded) if padded else jnp.zeros((SUBLANES, plan.d), plan.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -435,7 +492,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _coordinates(plan: _Plan):
     """``(8, lanes)``: each pixel's coordinates, an axis a row; -1 past the last pixel."""
-    lanes = max(plan.lanes, plan.key_blocks * plan.key)
+    lanes = max(plan.lanes, plan.key_lanes, plan.key_blocks * plan.key)
     pixel = np.arange(lanes)
     where = np.array(np.unravel_index(np.minimum(pixel, plan.pixels - 1), plan.space))
     rows = np.where(pixel < plan.pixels, where, -1)
@@ -451,13 +508,14 @@ def _call(plan: _Plan, kernel, name, ins, outs, scratch, **kwargs):
     steps = count // maps // halves
     step = (lambda half, i: half * steps + i) if halves > 1 else (lambda half, i: i)
     see = {
-        "map": lambda rows: pl.BlockSpec((maps, rows, plan.lanes), lambda half, i: (step(half, i), 0, 0)),
+        "queries": lambda _, rows, __: pl.BlockSpec((maps, rows, plan.lanes), lambda half, i: (step(half, i), 0, 0)),
+        "keys": lambda _, rows, __: pl.BlockSpec((maps, rows, plan.key_lanes), lambda half, i: (step(half, i), 0, 0)),
         "half": lambda *shape: pl.BlockSpec((1, *shape[1:]), lambda half, i: (half, *[0] * (len(shape) - 1))),
         "all": lambda *shape: pl.BlockSpec(shape, lambda half, i: (0,) * len(shape)),
     }
     arrays = mesh.vary_alike(*[x for x, _ in ins])
     varying = jax.typeof(arrays[0]).manual_axis_type
-    spec = lambda x, kind: see[kind](x.shape[1]) if kind == "map" else see[kind](*x.shape)
+    spec = lambda x, kind: see[kind](*x.shape)
     outs = [((halves, *s[1:]) if kind == "half" else s, t, kind) for s, t, kind in outs]
     outs = [(jax.ShapeDtypeStruct(s, t, manual_axis_type=varying), kind) for s, t, kind in outs]
     vmem = plan.vmem(maps)
@@ -484,8 +542,8 @@ def _call(plan: _Plan, kernel, name, ins, outs, scratch, **kwargs):
 def _forward(plan: _Plan, q, k, v, table):
     count, _, pixels = q.shape
     blocks = plan.key_blocks
-    ins = [(q, "map"), (k, "map"), (v, "map"), (table, "all"), (_coordinates(plan), "all")]
-    outs = [(v.shape, v.dtype, "map"), ((count, 1, pixels), jnp.float32, "map")]
+    ins = [(q, "queries"), (k, "keys"), (v, "keys"), (table, "all"), (_coordinates(plan), "all")]
+    outs = [((count, plan.e, pixels), v.dtype, "queries"), ((count, 1, pixels), jnp.float32, "queries")]
     scratch = [
         ((plan.fixed + plan.lines, plan.query), jnp.float32),
         ((blocks, plan.key, plan.depth), plan.dtype),
@@ -496,9 +554,9 @@ def _forward(plan: _Plan, q, k, v, table):
 
 def _backward(plan: _Plan, q, k, v, table, o, lse, do):
     blocks = plan.key_blocks
-    maps = [(x, "map") for x in (q, k, v, o, lse, do)]
+    maps = [(q, "queries"), (k, "keys"), (v, "keys"), *((x, "queries") for x in (o, lse, do))]
     ins = [*maps, (table, "all"), (table.T, "all"), (_coordinates(plan), "all")]
-    outs = [(x.shape, x.dtype, "map") for x in (q, k, v)] + [((1, *table.T.shape), jnp.float32, "half")]
+    outs = [(x.shape, x.dtype, kind) for x, kind in maps[:3]] + [((1, *table.T.shape), jnp.float32, "half")]
     scratch = [
         ((plan.fixed + plan.lines, plan.query), jnp.float32),
         ((plan.fixed + plan.lines, plan.query), jnp.float32),
@@ -644,10 +702,10 @@ def _key_lanes(plan):
 def _cut(plan, i, x):
     """A block of queries in float32, with 0 past the last pixel, where memory holds anything."""
     x = x.astype(jnp.float32)
-    if plan.pixels == plan.lanes:
+    if plan.query_pixels == plan.lanes:
         return x
     lane = i * plan.query + lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where(lane < plan.pixels, x, 0.0)
+    return jnp.where(lane < plan.query_pixels, x, 0.0)
 
 
 def _codes(plan, j, at_ref):
@@ -676,7 +734,8 @@ def _load_queries(plan, q, r_ref, at, queries):
     by_offset = _dot(plan, r_ref[...], q, _NN)
     for axis, size in enumerate(plan.space):
         x = by_offset[plan.offsets[axis] : plan.offsets[axis + 1]]
-        x = _rotate_up(x, size - 1 - at[axis : axis + 1], size)
+        reach = size if axis else plan.rows
+        x = _rotate_up(x, reach - 1 - at[axis : axis + 1], reach, size)
         if axis == 0:
             queries[plan.fixed :, :] = _rows(x, plan.lines)
         else:
@@ -691,7 +750,8 @@ def _by_offset(plan, dqueries, at):
             x = dqueries[plan.fixed : plan.fixed + min(plan.lines, _up(size, SUBLANES)), :]
         else:
             x = dqueries[plan.groups[axis - 1] : plan.groups[axis], :]
-        x = _rotate_down(x, size - 1 - at[axis : axis + 1], size)
+        reach = size if axis else plan.rows
+        x = _rotate_down(x, reach - 1 - at[axis : axis + 1], reach, size)
         parts.append(_rows(x, plan.offsets[axis + 1] - plan.offsets[axis]))
     return jnp.concatenate(parts, axis=0)
 
@@ -720,13 +780,13 @@ def _rows(x, count: int):
     return jnp.concatenate([x, jnp.zeros((count - x.shape[0], x.shape[1]), x.dtype)], axis=0)
 
 
-def _bits(size: int) -> list[int]:
-    return [1 << bit for bit in range((size - 1).bit_length())]
+def _bits(reach: int) -> list[int]:
+    return [1 << bit for bit in range((reach - 1).bit_length())]
 
 
-def _rotate_up(x, shift, size: int):
-    """``y[j, i] = x[j + shift[i], i]`` for j < size, with 0 <= shift < size."""
-    for bit in reversed(_bits(size)):
+def _rotate_up(x, shift, reach: int, size: int):
+    """``y[j, i] = x[j + shift[i], i]`` for j < size, with 0 <= shift < reach."""
+    for bit in reversed(_bits(reach)):
         left = _up(size + bit - 1, SUBLANES)  # rows that the smaller bits still need
         if bit % SUBLANES == 0:
             moved = _rows(x[bit:], left)
@@ -736,9 +796,9 @@ def _rotate_up(x, shift, size: int):
     return x
 
 
-def _rotate_down(x, shift, size: int):
-    """``y[j + shift[i], i] = x[j, i]`` for j < size and 0 elsewhere; x must be 0 from row `size` on."""
-    for bit in _bits(size):
+def _rotate_down(x, shift, reach: int, size: int):
+    """``y[j + shift[i], i] = x[j, i]`` for j < size, 0 <= shift < reach, and 0 elsewhere, as x must be from row `size` on."""
+    for bit in _bits(reach):
         x = _rows(x, _up(size + 2 * bit - 1, SUBLANES))
         if bit % SUBLANES == 0:
             moved = jnp.concatenate([jnp.zeros((bit, x.shape[1]), x.dtype), x[:-bit]], axis=0)
