@@ -133,6 +133,29 @@ def by_device(
     return lax.slice_in_dim(out, 0, size, axis=axis) if spare else out
 
 
+def row_devices(q: jax.Array, spatial_ndim: int) -> int:
+    """Over how many devices the rows of queries ``(*b, *space, n, d)`` are divided, as far as is known while tracing."""
+    mesh, rows = _mesh_of(q), q.ndim - 2 - spatial_ndim
+    return math.prod(mesh.shape[name] for name in _names(_split(mesh, q, spatial_ndim, rows, False)[rows]))
+
+
+def whole_space(spatial_ndim: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Gathers ``(*b, *space, n, depth)`` along space where axes of type Explicit divide it, for what holds whole maps.
+
+    A map of pairs of positions, rows and columns divided alike, is what such axes do not admit.
+    """
+
+    def gather(x):
+        mesh = _mesh_of(x)
+        if AxisType.Explicit not in mesh.axis_types:
+            return x
+        spec = [*jax.typeof(x).sharding.spec, *[None] * x.ndim][: x.ndim]
+        spec[-2 - spatial_ndim : -2] = [None] * spatial_ndim
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return tuple(map(gather, arrays))
+
+
 def alone(x: jax.Array) -> bool:
     """Whether ``x`` lies on one device, as far as is known while tracing: nothing of it is divided."""
     mesh = _mesh_of(x)
