@@ -39,8 +39,9 @@ def relative_attention(
     maps, such as ``factorised``). The softmax and its logits are float32 at least
     (float64 under x64); the matrix products take the inputs' dtype.
 
-    On a mesh with an axis called ``spatial`` each device attends from its rows of the map, the first of the spatial axes,
-    to all of it, in ``blockwise`` and ``pallas_tpu``; see `aaconv.ops.mesh`. The others leave that to the compiler.
+    On a mesh with an axis called ``spatial`` each device attends from its rows of the map, the first of the spatial
+    axes, to all of it, in ``blockwise`` and ``pallas_tpu``; see `aaconv.ops.mesh`. The others leave that to the
+    compiler.
 
     Args:
       q: queries ``(*b, h, w, n, d)``; ``*b`` any batch shape, ``n`` heads.
@@ -97,8 +98,8 @@ def relative_attention(
         raise ValueError(f"scale has shape {jnp.shape(scale)}: it must be one number; multiply q by anything else")
     if name in ("cudnn", "tokamax") and mesh.row_devices(q, spatial_ndim) > 1:
         raise NotImplementedError(
-            f"implementation={name!r} cannot serve here: rows of the map are divided over devices, and it takes as many "
-            "queries as keys; leave the name out"
+            f"implementation={name!r} cannot serve here: rows of the map are divided over devices, and it takes as "
+            "many queries as keys; leave the name out"
         )
     if name not in ("blockwise", "pallas_tpu", "pallas_tpu_interpret"):
         q, k, v = mesh.whole_space(spatial_ndim, q, k, v)

@@ -47,8 +47,8 @@ def by_device(
 
     Where rows are divided, a device has its rows of the queries and gathers all keys and values, anew for the
     gradients, which are summed over the devices and divided again. Row ``offset + r - 1`` of the table that it gets
-    for the rows serves ``offset = key - query``, with the query's row counted among the ``r`` of the device: a window of
-    ``r + size - 1`` rows of the whole table. Rows that cannot be divided evenly are filled up with empty ones.
+    for the rows serves ``offset = key - query``, with the query's row counted among the ``r`` of the device: a window
+    of ``r + size - 1`` rows of the whole table. Rows that cannot be divided evenly are filled up with empty ones.
 
     The derivative is put around shard_map, not left to jax's derivative of it, which in jax 0.10 to 0.12 does not lower
     within the caller's shard_map over other axes of the same mesh.
@@ -134,7 +134,7 @@ def by_device(
 
 
 def row_devices(q: jax.Array, spatial_ndim: int) -> int:
-    """Over how many devices the rows of queries ``(*b, *space, n, d)`` are divided, as far as is known while tracing."""
+    """Over how many devices the rows of ``(*b, *space, n, d)`` are divided, as far as is known while tracing."""
     mesh, rows = _mesh_of(q), q.ndim - 2 - spatial_ndim
     return math.prod(mesh.shape[name] for name in _names(_split(mesh, q, spatial_ndim, rows, False)[rows]))
 

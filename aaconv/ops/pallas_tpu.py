@@ -797,7 +797,10 @@ def _rotate_up(x, shift, reach: int, size: int):
 
 
 def _rotate_down(x, shift, reach: int, size: int):
-    """``y[j + shift[i], i] = x[j, i]`` for j < size, 0 <= shift < reach, and 0 elsewhere, as x must be from row `size` on."""
+    """``y[j + shift[i], i] = x[j, i]`` for j < size and 0 elsewhere, with 0 <= shift < reach.
+
+    From row `size` on x must be 0.
+    """
     for bit in _bits(reach):
         x = _rows(x, _up(size + 2 * bit - 1, SUBLANES))
         if bit % SUBLANES == 0:

@@ -2,9 +2,9 @@
 
 COMMAND: python experiments/spatial_sharding/run.py
 
-The step is a whole one: forward pass, loss, gradients and an update by momentum, parameters and momentum donated. Nothing
-is run. Writes results.csv beside this file and prints the table last. It needs libtpu: pip install 'aaconv[tpu]', or
-pip install libtpu.
+The step is a whole one: forward pass, loss, gradients and an update by momentum, parameters and momentum donated.
+Nothing is run. Writes results.csv beside this file and prints the table last. It needs the TPU compiler: pip install
+libtpu.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention with its rows divided over devices: equal to one device, and no device holds more than its part of a map."""
+"""Attention with its rows divided over devices: equal to one device, and no device holds a part of the maps."""
 
 from __future__ import annotations
 
