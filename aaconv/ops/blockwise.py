@@ -95,10 +95,11 @@ def attend(
         q, k, v = (jnp.swapaxes(x, -3, -4) for x in (q, k, v))
         rel = None if rel is None else (*rel[:-2], rel[-1], rel[-2])
     one_device: Any = lambda *arrays: _attend(*mesh.vary_alike(*arrays), options)
-    each_device = (functools.partial(function, **vars(options)) for function in (forward, backward))
+    each_forward: Any = functools.partial(forward, **vars(options))
+    each_backward: Any = functools.partial(backward, **vars(options))
     rows = 1 if turned and spatial_ndim == 2 else 0
-    out = mesh.by_device(one_device, *each_device, spatial_ndim, q, k, v, rel, jnp.asarray(scale), rows=rows)
-    out = out.astype(dtype)
+    arrays = q, k, v, rel, jnp.asarray(scale)
+    out = mesh.by_device(one_device, each_forward, each_backward, spatial_ndim, *arrays, rows=rows).astype(dtype)
     return jnp.swapaxes(out, -3, -4) if turned else out
 
 

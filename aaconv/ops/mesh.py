@@ -128,7 +128,11 @@ def by_device(
         results = run(*inputs)
         return results[0], (inputs, results)
 
-    divided.defvjp(divided_forward, lambda saved, d_out: run_backward(*saved, d_out))
+    def divided_backward(saved, d_out):
+        inputs, results = saved
+        return run_backward(inputs, results, d_out)
+
+    divided.defvjp(divided_forward, divided_backward)
     out = divided(q, k, v, rel, *whole)
     return lax.slice_in_dim(out, 0, size, axis=axis) if spare else out
 
