@@ -144,7 +144,7 @@ def test_under_vmap_and_remat(inputs):
     assert_close(got, out_and_gradients(ops.relative_attention, *arrays))
 
 
-@pytest.mark.parametrize("space", [(64, 32), (32, 64)], ids=str)
+@pytest.mark.parametrize("space", [(96, 48), (48, 96)], ids=str)
 def test_no_device_holds_a_part_of_the_maps(inputs, space):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     mesh = make_mesh(ROWS)
@@ -153,8 +153,8 @@ def test_no_device_holds_a_part_of_the_maps(inputs, space):
     shapes = re.findall(r"[a-z]+\d+\[([\d,]+)\]", program.as_text())
     largest = max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
     pixels = math.prod(space)
-    # A block of queries to all keys is the most; an eighth of one head's map would be pixels^2 / 8.
-    assert largest <= pixels * 128
+    # A block of up to 128 queries to all keys, in both heads, is the most; an eighth of one head's map is more.
+    assert largest <= 2 * pixels * 128 < pixels**2 / 8
     assert "all-gather" in program.as_text()
 
 
