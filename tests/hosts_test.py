@@ -236,7 +236,7 @@ def weights(workdir: Path, step: int) -> dict:
         return saved.meta(step)["crc32"]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_four_processes_stop_together_and_their_checkpoint_serves_any_devices(
     tmp_path, launch, undisturbed, config_file, data_dir
 ):

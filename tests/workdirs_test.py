@@ -107,7 +107,7 @@ def finished(process: subprocess.Popen[str]) -> str:
     return out + err
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_run_in_a_bucket_is_killed_goes_on_and_gives_what_a_folder_gives(buckets, tmp_path):
     file, place = tmp_path / "digits.py", "gs://bucket/runs/one"
     file.write_text(CONFIG.format(data_dir=tmp_path / "tfds"))

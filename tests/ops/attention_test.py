@@ -65,7 +65,8 @@ def test_gradients_of_every_argument(inputs, implementation, space):
         args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (q, k, v, rel, 0.7))
         modes = ["rev"] if implementation == "blockwise" else ["rev", "fwd"]
         check_grads(f, args, order=1, modes=modes, atol=1e-7, rtol=1e-7)
-        check_grads(f, args, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+        if len(space) == 2 or implementation == "blockwise":  # one number of axes is enough where jax differentiates
+            check_grads(f, args, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
 @EVERY_FLOAT32

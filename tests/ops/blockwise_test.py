@@ -60,7 +60,7 @@ def test_any_cut_gives_the_same(inputs, space, query, pairs):
                 assert_close(gradients(cut, q, k, v, tables), gradients(whole, q, k, v, tables))
 
 
-@pytest.mark.parametrize("d,e", [(1, 1), (1, 128), (128, 1), (128, 128), (20, 8)])
+@pytest.mark.parametrize("d,e", [(1, 128), (128, 1), (128, 128)])
 def test_any_depth(inputs, d, e):
     args = inputs((3, 7), n=2, d=d, e=e)
     with jax.enable_x64(True):
@@ -80,8 +80,9 @@ def test_gradients_in_narrow_types(inputs, dtype, tolerance):
         np.testing.assert_allclose(np.asarray(g, np.float64), w, atol=tolerance * np.abs(w).max())
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-@pytest.mark.parametrize("space", [(40, 6), (150,), (2, 3, 50)], ids=str)
+@pytest.mark.parametrize(
+    "space, platform", [((40, 6), "tpu"), ((150,), "tpu"), ((2, 3, 50), "tpu"), ((40, 6), "gpu")], ids=str
+)
 def test_as_it_is_cut_on_accelerators(inputs, platform, space):
     q, k, v, rel = inputs(space, batch=(3,), n=2)
     options = dict(spatial_ndim=len(space), platform=platform)
@@ -127,7 +128,6 @@ def test_no_array_is_as_large_as_the_maps(inputs, derivative):
     [
         ((32, 32), (64, 64)),
         ((1024,), (4096,)),
-        ((1, 1024), (1, 4096)),
         ((2, 512), (2, 2048)),
         ((4, 16, 16), (4, 32, 32)),
     ],

@@ -151,7 +151,7 @@ def test_products_are_three_times_those_of_the_forward_pass(built, step):
     assert step.compiler_flops is not None and step.compiler_flops > 0.3 * step.model_flops
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_the_largest_batch_is_compiled_and_the_next_is_not_taken():
     config, devices = load(*SMALL), jax.devices()[:1]
     built = programs.build(config, devices)

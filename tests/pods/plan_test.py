@@ -86,7 +86,7 @@ def test_wrong_words_are_refused(capsys, words, said):
     assert code == cli.WRONG_INPUT and said in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_plan_for_this_machine_is_a_config_that_trains_on(capsys, tmp_path):
     file = tmp_path / "plan.json"
     small = "--config.model.width=1 --config.model.num_heads=1 --config.batch_size=256".split()
