@@ -36,7 +36,6 @@ CASES = {
     "v5e_4x4": Case("v5e:4x4", 16 * IMAGES),
     "v5e_16x16": Case("v5e:16x16", 256 * IMAGES),
     "v5p_2x2x1": Case("v5p:2x2x1", 4 * IMAGES),
-    "v5p_4x4x4": Case("v5p:4x4x4", 64 * IMAGES),
     "1024_pixels_v5e_1x1": Case("v5e:1x1", 48, LARGE),
     "1024_pixels_v5e_2x4": Case("v5e:2x4", 48, (*LARGE, "mesh.spatial=8")),
 }
