@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -149,6 +149,11 @@ def keys() -> list[str]:
     return [key for key, _ in _leaves(default_config())]
 
 
+def items(config: ConfigDict) -> list[tuple[str, Any]]:
+    """Returns every key, dotted, with its value."""
+    return list(_leaves(config))
+
+
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a config file, applies overrides and returns the locked, complete config.
 
@@ -172,6 +177,63 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         _set(config, key, _parse(config, key, text), where="the command line")
     validate(config)
     return config.lock()
+
+
+def override(config: ConfigDict, values: Mapping[str, Any], *, where: str) -> ConfigDict:
+    """Returns a locked, checked copy of a config with other values of some keys.
+
+    Args:
+      config: a whole one, or one read from a run's ``config.json``.
+      values: by dotted key.
+      where: they come from, for messages.
+
+    Raises:
+      ValueError: as of `load`.
+    """
+    changed = default_config()
+    for key, value in [*_leaves(config), *values.items()]:
+        _set(changed, key, value, where=where)
+    validate(changed)
+    return changed.lock()
+
+
+def typed(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Returns values by dotted key as a config would hold them: lists as tuples, whole numbers as floats where due.
+
+    Raises:
+      ValueError: a key is unknown, or a value has the wrong type.
+    """
+    config = default_config()
+    for key, value in values.items():
+        _set(config, key, value, where=where)
+    return {key: _get(config, key) for key in values}
+
+
+def value_type(key: str, *, where: str) -> type:
+    """Returns the type of a key's value.
+
+    Raises:
+      ValueError: the key is unknown.
+    """
+    return _kind(default_config(), key, where=where)
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Returns the value that ``key=text`` on the command line stands for; `typed` checks it."""
+    return _parse(default_config(), key, text)
+
+
+def sweep_function(path: str) -> Callable[[Any], None] | None:
+    """Returns the function ``sweep(add)`` of a config file, None where it has none.
+
+    Args:
+      path: ``FILE`` or ``FILE:ARGUMENT``; ``sweep(add, argument)`` gets the argument as well.
+    """
+    file, _, argument = path.partition(":")
+    function = None if file.endswith(".json") else getattr(_module(file), "sweep", None)
+    if function is None or len(inspect.signature(function).parameters) < 2:
+        return function
+    return lambda add: function(add, argument)
 
 
 def validate(config: ConfigDict) -> None:
@@ -265,14 +327,7 @@ def _run_config_file(path: str) -> ConfigDict:
         raise ValueError(f"config file {file!r} does not exist{near or '; give a path such as configs/digits.py'}")
     if file.endswith(".json"):
         return _read_json(file)
-    spec = importlib.util.spec_from_file_location("aaconv_config_file", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"config file {file!r} is not a Python file: it must end in .py, or be a run's config.json")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {file!r} is not valid Python: {error}") from error
+    module = _module(file)
     if not hasattr(module, "get_config"):
         raise ValueError(f"config file {file!r} defines no get_config(argument=''): add that function")
     if argument and not inspect.signature(module.get_config).parameters:
@@ -283,6 +338,18 @@ def _run_config_file(path: str) -> ConfigDict:
             f"get_config of {file!r} returned {type(config).__name__}: it must return an ml_collections.ConfigDict"
         )
     return config
+
+
+def _module(file: str) -> Any:
+    spec = importlib.util.spec_from_file_location("aaconv_config_file", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config file {file!r} is not a Python file: it must end in .py, or be a run's config.json")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {file!r} is not valid Python: {error}") from error
+    return module
 
 
 def _read_json(file: str) -> ConfigDict:

@@ -400,7 +400,7 @@ def train(
             )
         )
         found = saver.restore(abstract.items(), explain=functools.partial(_explain, config), note=progress.note)
-        signals = stack.enter_context(_Signals())
+        signals = stack.enter_context(Signals())
         iterator = iter(run.train)
         stack.callback(getattr(iterator, "close", lambda: None))
         if found is None:
@@ -645,7 +645,7 @@ class Evaluator:
         return totals.means("eval")
 
 
-class _Signals:
+class Signals:
     """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
@@ -656,7 +656,7 @@ class _Signals:
     def name(self) -> str:
         return signal.Signals(self.caught or signal.SIGTERM).name
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         # Only the main thread may; and with several processes SIGTERM belongs to jax.distributed, which
         # has them agree on the step to stop at.
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
@@ -668,13 +668,16 @@ class _Signals:
         if self.caught == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = number
+        before = self._before.get(number)
+        if callable(before) and isinstance(getattr(before, "__self__", None), Signals):
+            before(number, frame)  # A sweep around this run has to stop as well, even if this run is at its end.
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
-def _asked_to_stop(signals: _Signals, step: int) -> bool:
+def _asked_to_stop(signals: Signals, step: int) -> bool:
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
     return signals.caught is not None
@@ -690,7 +693,7 @@ def _last_values(rows: list[dict[str, Any]]) -> dict[str, float]:
 # The same run or another
 
 
-_CONTINUABLE = (
+CONTINUABLE = (
     "num_epochs num_steps log_every_steps eval_every_epochs eval_batch_size checkpoint. mesh.data mesh.fsdp "
     "mesh.spatial profile. hang_limit_seconds data.data_dir data.num_workers data.placement model.implementation"
 ).split()
@@ -730,7 +733,7 @@ def _check_same_run(run: Run, workdir: Path, note: Callable[[str], None]) -> Non
         return
     before = _read_run_config(file)
     changes = config_changes(before, _as_dict(run.config))
-    others = [key for key in changes if not key.startswith(tuple(_CONTINUABLE))]
+    others = [key for key in changes if not key.startswith(tuple(CONTINUABLE))]
     if others:
         back = "set these keys back to continue it"
         if not trained:
@@ -766,7 +769,7 @@ def _read_run_config(file: Path) -> dict[str, Any]:
 
 def _explain(config: ConfigDict, meta: Mapping[str, Any]) -> str:
     changes = config_changes(meta.get("config", {}), _as_dict(config))
-    keys = [key for key in changes if not key.startswith(tuple(_CONTINUABLE))]
+    keys = [key for key in changes if not key.startswith(tuple(CONTINUABLE))]
     if not keys:
         return "\nno config key differs, so the network's code changed since: use the version that saved it"
     return f"\nconfig keys that differ: {_say(changes, keys)}; set them back, or name another --workdir"
