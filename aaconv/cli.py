@@ -1,8 +1,8 @@
-"""The ``aaconv`` command: train, eval, show, predict, prepare, compile, plan, launch, bench, version.
+"""The ``aaconv`` command: train, eval, show, predict, prepare, sweep, compile, plan, launch, bench, version.
 
 Results go to standard output, progress and remarks to standard error. Exit codes: 0 done;
-2 wrong input; 3 the loss became nan or infinite; 4 compiled, but does not fit the memory; 75 stopped after saving, and
-76 another process of the run was lost: the same command goes on; 130 interrupted.
+2 wrong input; 3 the loss became nan or infinite; 4 compiled, but does not fit the memory; 5 a trial of a sweep failed;
+75 stopped after saving, and 76 another process of the run was lost: the same command goes on; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from aaconv.config import ConfigDict
     from aaconv.data import DatasetInfo
     from aaconv.models.summary import Attention, Summary
+    from aaconv.sweep.description import Trial
     from aaconv.train import Restored
 
-OK, WRONG_INPUT, NOT_FINITE, DOES_NOT_FIT, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
+OK, WRONG_INPUT, NOT_FINITE, DOES_NOT_FIT, TRIAL_FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 5, 75, 130
 GROUPS = {  # commands that have commands, and what is said of a wrong and of a missing one
     "bench": ("does not measure", "nothing to measure"),
     "launch": ("does not know", "nowhere to launch"),
@@ -209,6 +210,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     prepare.add_argument(
         "--data-dir", metavar="DIR", help="where to (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
     )
+    _add_sweep(add)
     launch = groups.add_parser("launch", help="Print what starts a training run on many hosts.")
     launch.description = (
         "Print what starts `aaconv train` on many hosts; nothing is run, put it into a file and read it."
@@ -298,6 +300,62 @@ def _add_launchers(add: Callable[..., _Parser]) -> None:
         command.add_argument(
             "--executable", default=python, metavar="COMMAND", help=f"starts aaconv there (default: {python})"
         )
+
+
+def _add_sweep(add: Callable[..., _Parser]) -> None:
+    sweep = add(
+        "sweep",
+        _sweep,
+        "Run what is missing of a sweep: all trials that the config's sweep(add), or --grid and --zip, describe.",
+        config="config file, e.g. configs/digits_sweep.py",
+        workdir="folder of the sweep: its description, trials/, results.csv",
+    )
+    sweep.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="values of a key, e.g. model.kappa=0.1,0.2 or seed=0:3 (0, 1, 2) or 'model.stages=(2,3),(3,)'; repeated: "
+        "all combinations",
+    )
+    sweep.add_argument(
+        "--zip",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="likewise, but lists of one length: the first values belong together, and so on",
+    )
+    sweep.add_argument(
+        "--invalid",
+        default="error",
+        choices=("error", "skip"),
+        help="what to do with a trial that cannot be run, as its config or its shapes say (default: error)",
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="print the trials, with what each costs, and run nothing")
+    sweep.add_argument(
+        "--jobs", type=_whole, default=1, metavar="N", help="processes at a time, each with its share of the machine"
+    )
+    sweep.add_argument(
+        "--retries", type=_count, default=0, metavar="K", help="times a failed trial is tried again (default: 0)"
+    )
+    sweep.epilog = f"`aaconv sweep status` and `aaconv sweep report` say how it goes and what came out. {sweep.epilog}"
+    # Not the parser's own: argparse would take the value of a misspelt flag for one of them.
+    kinds = _Parser(prog="aaconv sweep").add_subparsers(parser_class=_Parser)
+    add("sweep status", _sweep_status, "Print how each trial stands.", workdir="folder of the sweep", within=kinds)
+    report = add(
+        "sweep report",
+        _sweep_report,
+        "Print mean, deviation and 95% interval over seeds; write report.md and results.csv.",
+        workdir="folder of the sweep",
+        within=kinds,
+    )
+    report.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a table each, e.g. eval/loss (default: the config's checkpoint.best_metric)",
+    )
 
 
 def _add_benchmarks(add: Callable[..., _Parser]) -> None:
@@ -462,8 +520,17 @@ def _parse(argv: Sequence[str]) -> tuple[Callable[[Any], int], argparse.Namespac
             no, none = GROUPS[name]
             raise UsageError(f"`aaconv {name}` {no} {what!r}{near}" if what else f"{none}{near}")
         name = f"{name} {what}"
+    if name == "sweep" and len(argv) > 1 and not argv[1].startswith("-"):
+        kinds = [command.split()[1] for command in commands if command.startswith("sweep ")]
+        if argv[1] not in kinds:
+            near = close_matches(argv[1], kinds) or f": it knows {', '.join(kinds)}"
+            raise UsageError(f"`aaconv sweep` does not know {argv[1]!r}{near}; a config file comes after --config")
+        name = f"sweep {argv[1]}"
     rest, overrides = _take_overrides(argv)
-    arguments, unknown = parser.parse_known_args(rest)
+    if name.startswith("sweep "):
+        arguments, unknown = commands[name].parse_known_args(rest[2:])
+    else:
+        arguments, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = [flag for action in commands[name]._actions for flag in action.option_strings]
         raise UsageError(_unknown(unknown[0], name, flags))
@@ -520,6 +587,12 @@ def _counts_of_workers(text: str) -> tuple[int, ...]:
     if not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers of worker processes such as 0,1,2")
     return tuple(map(int, numbers))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0")
+    return int(text)
 
 
 def _positive(text: str) -> float:
@@ -637,6 +710,91 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from aaconv import data
 
     print(data.prepare(arguments.name, arguments.data_dir))
+    return OK
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    base = _load_config(arguments, or_workdir=False)
+    if not arguments.dry_run:
+        _need_workdir(arguments)
+    from aaconv import config as config_lib
+    from aaconv.sweep import description
+
+    if arguments.grid or arguments.zip:
+        cells = description.from_flags(arguments.grid, arguments.zip)
+    else:
+        function = config_lib.sweep_function(arguments.config)
+        if function is None:
+            raise ValueError(
+                f"{arguments.config} describes no sweep: add a function sweep(add) to it, or give --grid KEY=VALUES"
+            )
+        cells = description.from_function(function, arguments.config)
+    if arguments.jobs > 1:
+        import jax
+
+        # The processes take the accelerators; here shapes are all that is asked for.
+        jax.config.update("jax_platforms", "cpu")
+    trials, invalid = description.describe(
+        base, cells, check_devices=arguments.jobs == 1, need_data=not arguments.dry_run, note=_say
+    )
+    for cell in invalid:
+        _say(f"cannot be run: {cell.name}: {cell.reason}")
+    if arguments.dry_run and trials:
+        _print_trials(trials)
+    if invalid and (arguments.invalid == "error" or not trials):
+        of = f"{len(invalid)} of {len(cells)} trials cannot be run"
+        raise ValueError(f"{of}, as said above: change them" + (", or add --invalid skip" if trials else ""))
+    return OK if arguments.dry_run else _run_sweep(arguments, base, trials)
+
+
+def _print_trials(trials: Sequence[Trial]) -> None:
+    table = _table("trial", "parameters", "MFLOPs", "memory (MB)", text=1)
+    for trial in trials:
+        table.add_row(trial.name, f"{trial.parameters:,}", f"{trial.flops / 1e6:,.2f}", f"{trial.memory / 1e6:,.1f}")
+    _console().print(table)
+    print(f"{len(trials)} trials; FLOPs for one image; memory: estimated, of a training step on each device")
+
+
+def _run_sweep(arguments: argparse.Namespace, base: ConfigDict, trials: Sequence[Trial]) -> int:
+    from aaconv import checkpoints
+    from aaconv.sweep import display, records, report, running
+
+    workdir = checkpoints.check_writable(records.local(arguments.workdir))
+    with records.opened(workdir, base, trials, note=_say) as sweep:
+        try:
+            found = running.run(
+                sweep, jobs=arguments.jobs, retries=arguments.retries, displayed=partial(display.displayed, sweep)
+            )
+        finally:
+            report.write_results(sweep)
+    failed = [status for status in found if status.state != "finished"]
+    for status in failed:
+        _say(f"failed: {status.trial.name}, {sweep.folder(status.trial) / records.OUTPUT}")
+        for line in status.error.splitlines():
+            _say(f"  {line}")
+    pairs = [("trials", display.summary(sweep, found)), ("results", str(sweep.workdir / report.RESULTS))]
+    _print_pairs([*pairs, ("table", f"aaconv sweep report --workdir {shlex.quote(arguments.workdir)}")])
+    return TRIAL_FAILED if failed else OK
+
+
+def _sweep_status(arguments: argparse.Namespace) -> int:
+    from aaconv.sweep import display, records
+
+    sweep = records.load(_need_workdir(arguments))
+    _console().print(display.table(sweep, records.statuses(sweep)))
+    return OK
+
+
+def _sweep_report(arguments: argparse.Namespace) -> int:
+    from aaconv.sweep import records, report
+
+    sweep = records.load(_need_workdir(arguments))
+    path, text, pictures = report.write_report(sweep, arguments.metric)
+    print(text)
+    _print_pairs([("report", str(path)), ("results", str(sweep.workdir / report.RESULTS))])
+    _print_pairs(("picture", str(picture)) for picture in pictures or [])
+    if pictures is None:
+        _say("no pictures: run  pip install 'aaconv[plots]'  and the same command again")
     return OK
 
 

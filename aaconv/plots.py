@@ -231,6 +231,103 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> str:
     return os.fspath(path)
 
 
+def against(
+    lines: Mapping[str, Sequence[tuple[float, Sequence[float], float]]],
+    path: str | os.PathLike[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> str:
+    """Draws what came out against what was set: a dot a run, a line through the means, an interval around each mean.
+
+    Args:
+      lines: ``{name: points (x, results of the runs, half the width of the interval)}``, x ascending; half a width of
+        nan draws no interval. One line needs no name.
+      path: of the PNG.
+      xlabel: what was set.
+      ylabel: what came out.
+      title: above the picture.
+
+    Returns:
+      The path.
+    """
+    names = list(lines)
+    with _style():
+        figure = _figure((6.4, 4.4))
+        axes = figure.subplots()
+        ticks = sorted({x for points in lines.values() for x, _, _ in points})
+        step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
+        for index, (name, points) in enumerate(lines.items()):
+            colour = _colour(names, name)
+            # Beside each other, or intervals of several lines would cover each other.
+            moved = step * 0.04 * (index - (len(lines) - 1) / 2)
+            x = [at + moved for at, _, _ in points]
+            means = [float(np.mean(results)) for _, results, _ in points]
+            halves = [half if math.isfinite(half) else 0.0 for _, _, half in points]
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.6, "capsize": 3, "elinewidth": 1}
+            axes.errorbar(x, means, yerr=halves if any(halves) else None, color=colour, label=name, **style)
+            dots = [(at + moved, result) for at, results, _ in points for result in results]
+            axes.scatter(*zip(*dots, strict=True), s=9, color=colour, alpha=0.4, linewidths=0)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_title(title, pad=10)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        if len(lines) > 1:
+            axes.legend(loc="best")
+        figure.savefig(path, dpi=150)
+    return os.fspath(path)
+
+
+def heat_map(
+    values: np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    form: str = "{:.4g}",
+) -> str:
+    """Draws a table as colours, each number in its cell.
+
+    Args:
+      values: ``(rows, columns)``, nan where there is nothing.
+      path: of the PNG.
+      rows: a label each, from below.
+      columns: a label each.
+      xlabel: what the columns are.
+      ylabel: what the rows are.
+      title: above the picture.
+      form: of a number in its cell.
+
+    Returns:
+      The path.
+    """
+    values = np.asarray(values, np.float64)
+    with _style():
+        figure = _figure((1.8 + 0.95 * len(columns), 1.4 + 0.6 * len(rows)))
+        axes = figure.subplots()
+        picture = axes.imshow(values, cmap="viridis", origin="lower", aspect="auto")
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        for (row, column), value in np.ndenumerate(values):
+            if math.isfinite(value):
+                colour = "white" if value < middle else "black"
+                axes.text(column, row, form.format(value), ha="center", va="center", color=colour)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0)
+        axes.set_title(title, pad=10)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        figure.colorbar(picture)
+        figure.savefig(path, dpi=150)
+    return os.fspath(path)
+
+
 def _colour(names: Sequence[str], line: str) -> str:
     return LINES[names.index(line) % len(LINES)]
 

@@ -271,7 +271,7 @@ def test_folder_without_checkpoint(trained, images, aaconv, tmp_path):
     [
         (
             "",
-            "no command: give one of train, eval, show, models, predict, prepare, launch, bench, compile, plan, ",
+            "no command: give one of train, eval, show, models, predict, prepare, sweep, launch, bench, ",
         ),
         ("trian", "unknown command 'trian'; did you mean 'train'"),
         ("xyz", "unknown command 'xyz': give one of train"),
@@ -367,6 +367,9 @@ def test_version(aaconv, words):
         "show",
         "predict",
         "prepare",
+        "sweep",
+        "sweep status",
+        "sweep report",
         "bench",
         "bench attention",
         "bench step",

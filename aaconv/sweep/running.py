@@ -1,0 +1,490 @@
+"""Runs the trials of a sweep: here one after another, or in several local processes.
+
+Every process that runs trials does the same, `work`: it takes the next trial that is missing and that nobody has,
+until there is none. What they have in common is the workdir alone, so a process more, of this launcher or of another,
+on this machine or another one that sees the same folder, needs nobody's leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aaconv import metrics, train
+from aaconv.sweep import records
+from aaconv.sweep.description import Trial
+from aaconv.sweep.records import FAILED, FINISHED, KILLED, OUTPUT, PROGRESS, STOPPED, TRIAL, Sweep
+
+STOPPED_CODE = 75
+POLL_SECONDS = 0.3
+ERROR_LINES = 12
+
+
+# One trial
+
+
+class _Recorder(metrics.Progress):
+    """Leaves a trial's progress in its folder, for whoever looks."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written, self._step, self._total = -math.inf, 0, 0
+        self._values: dict[str, float | None] = {}
+
+    def start(self, step: int, total_steps: int) -> None:
+        self._total = total_steps
+        self.update(step)
+
+    def update(self, step: int) -> None:
+        self._step = step
+        if time.monotonic() - self._written > 1:
+            self._write()
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        self._step = step
+        self._values |= _without_nan(values)
+        self._write()
+
+    def note(self, text: str) -> None:
+        with (self._folder / OUTPUT).open("a") as file:
+            print(text, file=file)
+
+    def stop(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        found = {"step": self._step, "total_steps": self._total, "values": self._values}
+        with contextlib.suppress(OSError):  # What cannot be written is said by the run itself, at its next row.
+            records.write_json(self._folder / PROGRESS, found)
+        self._written = time.monotonic()
+
+
+def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False) -> str:
+    """Trains one trial, which this process has claimed, and records how it went.
+
+    Args:
+      sweep: of the trial.
+      trial: which.
+      capture: whether all that the process prints goes to the trial's ``output.txt``, and not only the run's notes.
+
+    Returns:
+      The outcome, ``finished`` or ``failed``.
+
+    Raises:
+      Preempted: a signal asked to stop, after the state was saved.
+    """
+    import jax
+
+    from aaconv.bench import report
+
+    folder = sweep.folder(trial)
+    record = _close_open_attempt(sweep, trial)
+    found = report.machine()
+    attempt: dict[str, Any] = {"started": time.time(), "process": this_process(), **found}
+    record |= {"name": trial.name, "overrides": trial.overrides}
+    record["attempts"] = [*record.get("attempts", []), attempt]
+    records.write_json(folder / TRIAL, record)
+    recorder = _Recorder(folder)
+    recorder.note(f"--- attempt {len(record['attempts'])}, {found['date']}, process {attempt['process']}")
+    try:
+        with _printing_to(folder / OUTPUT) if capture else contextlib.nullcontext():
+            values = train.train(sweep.config(trial), folder, progress=recorder)
+        record["values"] = _without_nan(values)
+        attempt["outcome"] = FINISHED
+    except Exception as error:
+        if isinstance(error, train.Preempted):
+            attempt["outcome"] = STOPPED
+            raise
+        attempt["outcome"], attempt["error"] = FAILED, _explained(error)
+        recorder.note(attempt["error"])
+    except BaseException:  # interrupted at once
+        attempt["outcome"] = STOPPED
+        raise
+    finally:
+        attempt["seconds"] = round(time.time() - attempt["started"], 3)
+        records.write_json(folder / TRIAL, record)
+        jax.clear_caches()  # Other networks' programs would only fill the memory.
+    return attempt["outcome"]
+
+
+@contextlib.contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Sends what this process prints, libraries in C++ included, to the end of a file."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with path.open("a") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+
+
+def _explained(error: Exception) -> str:
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, ValueError | NotImplementedError | OSError | train.NonFiniteLossError):
+        return said
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return "\n".join(lines[-ERROR_LINES:])
+
+
+def _close_open_attempt(sweep: Sweep, trial: Trial, reason: str = "") -> dict[str, Any]:
+    """Records that the last attempt's process died, if it did; for who has claimed the trial. Returns the record."""
+    folder = sweep.folder(trial)
+    record = records.read_json(folder / TRIAL)
+    attempts = record.get("attempts", [])
+    if not attempts or "outcome" in attempts[-1]:
+        return record
+    last = attempts[-1]
+    reason = reason or "its process ended without a word: killed, out of memory, or the machine went down"
+    lines = records.last_lines(folder / OUTPUT, ERROR_LINES - 1)
+    last["outcome"], last["error"] = KILLED, f"{lines}\n{reason}".strip()
+    for name in (OUTPUT, PROGRESS):
+        with contextlib.suppress(FileNotFoundError):
+            last["seconds"] = max(last.get("seconds", 0), (folder / name).stat().st_mtime - last["started"])
+    records.write_json(folder / TRIAL, record)
+    return record
+
+
+def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    # JSON has no nan.
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def this_process() -> str:
+    """Returns ``HOST:PID``."""
+    return f"{platform.node()}:{os.getpid()}"
+
+
+# One process
+
+
+def work(
+    sweep: Sweep, *, retries: int, since: float, is_stopped: Callable[[], bool], wait: bool, capture: bool = False
+) -> None:
+    """Runs one missing trial after another.
+
+    Args:
+      sweep: all processes on it have the same.
+      retries: times a trial is tried again after a failure; failures from before ``since`` do not count.
+      since: when the launcher started, in seconds of `time.time`.
+      is_stopped: whether to begin no further trial.
+      wait: until trials that other processes have are finished, or their processes ended and they can be taken over;
+        else returns when others have all that is left.
+      capture: as for `run_trial`.
+
+    Raises:
+      Preempted: a signal asked to stop.
+    """
+    while not is_stopped():
+        missing = unsettled(sweep, retries, since)
+        if not missing:
+            return
+        for trial in missing:
+            with records.claim(sweep.folder(trial)) as mine:
+                # Somebody may have run it since it was looked at.
+                if mine and failures(sweep, trial, since, close=True) <= retries and not is_finished(sweep, trial):
+                    run_trial(sweep, trial, capture=capture)
+                    break
+        else:
+            if not wait:
+                return
+            time.sleep(POLL_SECONDS)
+    raise train.Preempted("stopped between two trials")
+
+
+def unsettled(sweep: Sweep, retries: int, since: float) -> list[Trial]:
+    """Returns the trials that are not finished and may be tried, those that failed at the end."""
+    counted = [(failures(sweep, trial, since), trial) for trial in sweep.trials if not is_finished(sweep, trial)]
+    return [trial for count, trial in sorted(counted, key=lambda pair: pair[0]) if count <= retries]
+
+
+def is_finished(sweep: Sweep, trial: Trial) -> bool:
+    """Whether a trial's result is there."""
+    return bool(records.read_json(sweep.folder(trial) / TRIAL).get("values"))
+
+
+def failures(sweep: Sweep, trial: Trial, since: float, *, close: bool = False) -> int:
+    """Returns how many attempts that began after ``since`` failed.
+
+    Args:
+      sweep: of the trial.
+      trial: which.
+      since: in seconds of `time.time`.
+      close: whether this process has claimed the trial, so that an attempt without an end has failed.
+    """
+    record = _close_open_attempt(sweep, trial) if close else records.read_json(sweep.folder(trial) / TRIAL)
+    attempts = [attempt for attempt in record.get("attempts", []) if attempt["started"] >= since]
+    return sum(attempt.get("outcome") in (FAILED, KILLED) for attempt in attempts)
+
+
+# The launcher
+
+
+def run(
+    sweep: Sweep,
+    *,
+    jobs: int = 1,
+    retries: int = 0,
+    displayed: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> list[records.Status]:
+    """Runs what is missing of a sweep.
+
+    Args:
+      sweep: as of `aaconv.sweep.records.opened`.
+      jobs: 1: one trial after another in this process. More: so many processes, with the processors and GPUs divided
+        among them.
+      retries: times that a trial is tried again after it failed or its process died.
+      displayed: shows how it goes while its context lasts.
+
+    Returns:
+      How each trial stands; ``failed`` are those that failed in each attempt.
+
+    Raises:
+      Preempted: SIGTERM or SIGINT asked to stop, and the running trials saved their state.
+    """
+    since = time.time()
+    with train.Signals() as signals:
+        try:
+            with displayed():
+                if jobs == 1:
+                    work(sweep, retries=retries, since=since, is_stopped=lambda: signals.caught is not None, wait=True)
+                else:
+                    _Workers(sweep, jobs, retries, since).run(signals)
+        except train.Preempted as error:
+            done = sum(is_finished(sweep, trial) for trial in sweep.trials)
+            raise train.Preempted(
+                f"stopped by {signals.name}: {done} of {len(sweep.trials)} trials are finished, what ran was saved; "
+                "the same command goes on"
+            ) from error
+    return records.statuses(sweep)
+
+
+class _Workers:
+    """The processes of one launcher, each begun again when it died and trials are missing."""
+
+    def __init__(self, sweep: Sweep, jobs: int, retries: int, since: float) -> None:
+        self._sweep, self._jobs, self._retries, self._since = sweep, jobs, retries, since
+        self._shares = shares(jobs, visible_processors(), visible_gpus())
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by slot, whose share of the machine it has
+        self._died_idle = 0
+
+    def run(self, signals: train.Signals) -> None:
+        try:
+            while signals.caught is None:
+                self._bury()
+                missing = unsettled(self._sweep, self._retries, self._since)
+                if not missing and not self._processes:
+                    return
+                wanted = min(self._jobs, len(missing) - sum(map(self._is_elsewhere, missing)))
+                free = [slot for slot in range(self._jobs) if slot not in self._processes]
+                for slot in free[: max(0, wanted - len(self._processes))]:
+                    self._processes[slot] = self._start(slot)
+                time.sleep(POLL_SECONDS)
+            self._stop()
+            raise train.Preempted("stopped")
+        finally:
+            for process in self._processes.values():
+                process.kill()
+                process.wait()
+
+    def _start(self, slot: int) -> subprocess.Popen[bytes]:
+        task = {"workdir": str(self._sweep.workdir), "retries": self._retries, "since": self._since}
+        share = self._shares[slot]
+        with self._output(slot).open("wb") as output, _only(share.processors):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "aaconv.sweep"],
+                env={**os.environ, **share.environment},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # ctrl-C in a terminal reaches the launcher alone, which passes it on
+            )
+        assert process.stdin is not None
+        # The pipe stays open: its end tells the process that the launcher has ended.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(task).encode() + b"\n")
+            process.stdin.flush()
+        return process
+
+    def _output(self, slot: int) -> Path:
+        return self._sweep.workdir / f".worker{slot}.txt"
+
+    def _bury(self) -> None:
+        for slot, process in list(self._processes.items()):
+            if process.poll() is None:
+                continue
+            del self._processes[slot]
+            _close_pipe(process)
+            if process.returncode == 0:
+                self._died_idle = 0
+            elif self._record_death(process):
+                self._died_idle = 0
+            else:
+                self._died_idle += 1
+                if self._died_idle > 2:
+                    lines = records.last_lines(self._output(slot), ERROR_LINES)
+                    raise RuntimeError(f"the processes of the sweep end before they begin a trial:\n{lines}")
+
+    def _record_death(self, process: subprocess.Popen[bytes]) -> bool:
+        """Records with what a process died, at the trial that it ran, if it ran one."""
+        name = f"{platform.node()}:{process.pid}"
+        if process.returncode < 0:
+            reason = f"its process ended by {signal.Signals(-process.returncode).name}"
+            reason += " (out of memory?)" if process.returncode == -signal.SIGKILL else ""
+        else:
+            reason = f"its process ended with exit code {process.returncode}"
+        for status in records.statuses(self._sweep):
+            if status.process == name and status.state != FINISHED:
+                with records.claim(self._sweep.folder(status.trial)) as mine:
+                    if mine:
+                        _close_open_attempt(self._sweep, status.trial, reason)
+                return True
+        return False
+
+    def _is_elsewhere(self, trial: Trial) -> bool:
+        status = records.status(self._sweep, trial)
+        own = {f"{platform.node()}:{process.pid}" for process in self._processes.values()}
+        return status.state == "running" and status.process not in own
+
+    def _stop(self) -> None:
+        """Has every process save its trial and end."""
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.wait()
+            _close_pipe(process)
+        self._processes.clear()
+
+
+def _close_pipe(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+# A process of the launcher
+
+
+def worker() -> int:
+    """What a process of the launcher does: reads its task from standard input, and works.
+
+    Returns:
+      The exit code: 0, or 75 when it was asked to stop.
+    """
+    task = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    sweep = records.load(task["workdir"])
+    with train.Signals() as signals:
+        try:
+            work(
+                sweep,
+                retries=task["retries"],
+                since=task["since"],
+                is_stopped=lambda: signals.caught is not None,
+                wait=False,
+                capture=True,
+            )
+        except train.Preempted:
+            return STOPPED_CODE
+    return 0
+
+
+def _end_with_the_launcher() -> None:
+    # The other end of the pipe closes with the launcher, however that ended: what runs is saved.
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one of several processes has of this machine.
+
+    Attributes:
+      processors: their numbers; empty where the system does not divide them.
+      environment: beside the launcher's.
+    """
+
+    processors: tuple[int, ...] = ()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def shares(jobs: int, processors: Sequence[int], gpus: Sequence[str]) -> list[Share]:
+    """Divides a machine among processes: each has processors and GPUs of its own as long as there are enough.
+
+    Args:
+      jobs: processes.
+      processors: that there are.
+      gpus: likewise, as ``CUDA_VISIBLE_DEVICES`` names them. Where there are fewer than processes, each process's
+        memory on its GPU is limited to its part.
+
+    Example:
+      >>> for share in shares(2, range(5), ["0", "1", "2"]):
+      ...     print(share.processors, share.environment)
+      (0, 2, 4) {'CUDA_VISIBLE_DEVICES': '0,2'}
+      (1, 3) {'CUDA_VISIBLE_DEVICES': '1'}
+      >>> shares(3, [0], ["0", "1"])[2].environment
+      {'CUDA_VISIBLE_DEVICES': '0', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.45'}
+    """
+
+    def part(things: Sequence[Any], job: int) -> Sequence[Any]:
+        return things[job::jobs] if len(things) >= jobs else things[job % len(things) :][:1] if things else []
+
+    found = []
+    for job in range(jobs):
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(part(gpus, job))} if gpus else {}
+        together = len(range(job % len(gpus), jobs, len(gpus))) if gpus else 1
+        if together > 1:
+            # jax takes three quarters of a GPU's memory at its start, which serves one process.
+            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / together:.2f}"
+        found.append(Share(tuple(part(processors, job)), environment))
+    return found
+
+
+def visible_processors() -> list[int]:
+    """Returns the processors that this process may use; [] where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Returns the NVIDIA GPUs that jax would see, as ``CUDA_VISIBLE_DEVICES`` names them, without starting jax."""
+    if "cuda" not in environment.get("JAX_PLATFORMS", "cuda"):
+        return []
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu.strip() for gpu in named.split(",") if gpu.strip() not in ("", "-1")]
+    command = shutil.which("nvidia-smi")
+    listed = subprocess.run([command, "-L"], capture_output=True, text=True).stdout if command else ""
+    return [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+
+
+@contextlib.contextmanager
+def _only(processors: Sequence[int]) -> Iterator[None]:
+    """Keeps this thread, and so the processes it starts, to some processors."""
+    if not processors:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
