@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Config and argument, and the parameters in millions where the paper or the config's head states them.
 EVERY = {
     "digits.py": None,
+    "digits_sweep.py": None,
     "flowers.py": None,
     "cifar100_small.py:plain": None,
     "cifar100_small.py:aa": None,

@@ -1,0 +1,343 @@
+"""Sweeps as they run: what fails, what is tried again, what is left when something is killed, and who may run what."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aaconv import checkpoints, cli, config as config_lib, train
+from aaconv.sweep import description, display, records, running
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOOD, BAD = "learning_rate=0.1,seed=1", "learning_rate=1e+30,seed=0"
+LINE = ("--config", "CONFIG", "--zip", "schedule.learning_rate=0.1,1e30", "--zip", "seed=1,0")
+
+
+@pytest.fixture(scope="module")
+def swept(config, tmp_path_factory) -> tuple[Path, int]:
+    """The workdir of a sweep of one good trial and one that fails, tried twice; and the exit code."""
+    workdir = tmp_path_factory.mktemp("swept")
+    words = [config if word == "CONFIG" else word for word in LINE]
+    with (workdir / "printed").open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "aaconv", "sweep", *words, "--workdir", str(workdir), "--retries", "1"],
+            stdout=file, stderr=file, cwd=REPOSITORY,
+        )  # fmt: skip
+    return workdir, done.returncode
+
+
+def table(workdir: Path) -> list[tuple[str, str, str]]:
+    """Trial, metric and value of each row of the results, but for speeds."""
+    with (workdir / "results.csv").open() as file:
+        rows = [(row["trial"], row["metric"], row["value"]) for row in csv.DictReader(file)]
+    return [row for row in rows if not row[1].startswith("perf/")]
+
+
+def attempts(workdir: Path, name: str) -> list[dict[str, Any]]:
+    return json.loads((workdir / "trials" / name / "trial.json").read_text())["attempts"]
+
+
+def test_a_failed_trial_is_tried_again_told_and_stops_no_other(swept):
+    workdir, code = swept
+    printed = (workdir / "printed").read_text()
+    assert code == cli.TRIAL_FAILED, printed
+    assert [attempt["outcome"] for attempt in attempts(workdir, BAD)] == ["failed", "failed"]
+    assert [attempt["outcome"] for attempt in attempts(workdir, GOOD)] == ["finished"]
+    assert f"failed: {BAD}" in printed and "NonFiniteLossError: nan or infinity in the loss" in printed
+    assert "1/2 finished, 1 failed, best eval/accuracy" in printed
+    assert f"finished {GOOD}" in printed  # a line, where there is no terminal
+
+
+def test_results_are_a_row_a_metric_with_what_the_trial_ran_on(swept):
+    workdir, _ = swept
+    with (workdir / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["trial"] for row in rows} == {GOOD}
+    (accuracy,) = (row for row in rows if row["metric"] == "eval/accuracy")
+    last = [json.loads(line) for line in (workdir / "trials" / GOOD / "metrics.jsonl").read_text().splitlines()][-1]
+    assert float(accuracy["value"]) == last["eval/accuracy"] and accuracy["step"] == "4"
+    assert accuracy["schedule.learning_rate"] == "0.1" and accuracy["seed"] == "1" and accuracy["attempts"] == "1"
+    assert all(accuracy[column] for column in ("parameters", "flops", "seconds", "device", "cores", "jax", "python"))
+
+
+def test_the_same_command_runs_only_what_is_missing(swept, sweep):
+    workdir, _ = swept
+    before = attempts(workdir, GOOD), table(workdir)
+    answer = sweep(*LINE, "--workdir", workdir)
+    assert answer.code == cli.TRIAL_FAILED
+    assert (attempts(workdir, GOOD), table(workdir)) == before
+    assert len(attempts(workdir, BAD)) == 3
+
+
+def test_status_and_report_of_a_sweep(swept, sweep):
+    workdir, _ = swept
+    answer = sweep("status", "--workdir", workdir)
+    assert answer.code == cli.OK and "1/2 finished, 1 failed" in answer.out and "NonFiniteLossError" in answer.out
+    answer = sweep("report", "--workdir", workdir)
+    assert answer.code == cli.OK and f"not in the table, failed: {BAD}" in answer.out
+    assert (workdir / "report.md").read_text().strip() in answer.out
+    answer = sweep("report", "--workdir", workdir, "--metric", "eval/acuracy")
+    assert answer.code == cli.WRONG_INPUT and "did you mean 'eval/accuracy'" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.num_steps=6"], "num_steps was 4, is 6"),
+        (["--config.batch_size=16"], "batch_size was 32, is 16): name a new --workdir, or set these keys back"),
+        (["--config.model.width=2"], "model.width was 1, is 2"),
+    ],
+)
+def test_another_sweep_in_a_workdir_is_refused_and_nothing_changes(swept, sweep, flags, words):
+    workdir, _ = swept
+    before = (workdir / "sweep.json").read_text(), attempts(workdir, BAD)
+    answer = sweep(*LINE, *flags, "--workdir", workdir)
+    assert answer.code == cli.WRONG_INPUT and words in answer.err.splitlines()[-1]
+    assert ((workdir / "sweep.json").read_text(), attempts(workdir, BAD)) == before
+
+
+def test_the_workdir_of_a_run_is_no_sweeps(swept, sweep):
+    answer = sweep(*LINE, "--workdir", swept[0] / "trials" / GOOD)
+    assert answer.code == cli.WRONG_INPUT and "is the workdir of a single run" in answer.err
+
+
+def test_a_trial_that_ran_with_another_config_is_told_and_left_out(swept, sweep):
+    workdir, _ = swept
+    file = workdir / "trials" / GOOD / "config.json"
+    before = file.read_text()
+    file.write_text(before.replace('"num_steps": 4', '"num_steps": 9'))
+    try:
+        answer = sweep(*LINE, "--workdir", workdir)
+        assert answer.code == cli.WRONG_INPUT
+        assert f"trial {GOOD} ran with another config (num_steps was 9, is 4)" in answer.err
+        answer = sweep("report", "--workdir", workdir)
+        assert answer.code == cli.WRONG_INPUT and f"{GOOD} ran on: num_steps was 9, is 4" in answer.err
+    finally:
+        file.write_text(before)
+
+
+# Without training
+
+
+def open_sweep(workdir: Path, config: str, *grid: str):
+    base = config_lib.load(config)
+    trials, _ = description.describe(base, description.from_flags(grid, []))
+    return records.opened(checkpoints.check_writable(workdir), base, trials)
+
+
+def test_a_sweep_may_grow_and_what_ran_stays(config, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0,1") as sweep:
+        records.write_json(make(sweep, 0) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.5}})
+    with open_sweep(tmp_path, config, "seed=2") as sweep:
+        assert [trial.name for trial in sweep.trials] == ["seed=2", "seed=0"]  # seed=1 never ran
+    assert records.load(tmp_path) == sweep
+
+
+def test_a_trial_described_in_another_way_keeps_its_folder(config, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0") as sweep:
+        records.write_json(make(sweep, 0) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.5}})
+    with open_sweep(tmp_path, config, "model.width=1,2", "seed=0") as sweep:
+        assert [trial.name for trial in sweep.trials] == ["seed=0", "width=2,seed=0"]
+        assert [trial.overrides["model.width"] for trial in sweep.trials] == [1, 2]
+        with open_sweep(tmp_path, config, "model.width=1,2", "seed=0") as joined:
+            assert joined == sweep
+
+
+def make(sweep: records.Sweep, index: int) -> Path:
+    folder = sweep.folder(sweep.trials[index])
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_launchers_share_a_description_and_refuse_another(config, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0,1") as first:
+        with open_sweep(tmp_path, config, "seed=0,1") as second:
+            assert second == first
+        with pytest.raises(ValueError, match="is running a sweep with other trials"):
+            open_sweep(tmp_path, config, "seed=2").__enter__()
+
+
+def test_a_trial_that_somebody_has_is_not_run(config, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0") as sweep:
+        folder = sweep.folder(sweep.trials[0])
+        with records.claim(folder) as mine:
+            assert mine and records.is_claimed(folder)
+            with records.claim(folder) as again:
+                assert not again
+            running.work(sweep, retries=0, since=time.time(), is_stopped=lambda: False, wait=False)
+        assert not records.is_claimed(folder) and not (folder / "trial.json").exists()
+
+
+def test_a_report_without_a_finished_trial(config, sweep, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0,1"):
+        pass
+    answer = sweep("report", "--workdir", tmp_path)
+    assert answer.code == cli.WRONG_INPUT
+    assert f"no trial of {tmp_path} is finished (not in the table, waiting: seed=0, seed=1): run" in answer.err
+
+
+def test_failures_count_since_the_launcher_started(config, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0,1") as sweep:
+        tried = [{"started": 10.0, "outcome": "failed"}, {"started": 20.0, "outcome": "killed"}]
+        records.write_json(make(sweep, 0) / "trial.json", {"attempts": tried})
+        names = lambda retries, since: [trial.name for trial in running.unsettled(sweep, retries, since)]
+        assert names(0, 5.0) == names(1, 5.0) == ["seed=1"]
+        assert names(2, 5.0) == names(1, 15.0) == ["seed=1", "seed=0"]  # first what did not fail yet
+        assert names(0, 30.0) == ["seed=0", "seed=1"]
+
+
+def test_the_table_shows_who_stands_how(config, tmp_path, capsys):
+    from rich.console import Console
+
+    with open_sweep(tmp_path, config, "seed=0:5") as sweep:
+        states = ({"outcome": "failed", "error": "a\nb"}, {"outcome": "stopped"}, {"outcome": "finished"}, {})
+        for index, state in enumerate(states):
+            attempt = {"started": time.time() - 8, "process": "here:1", "seconds": 8.0, **state}
+            values = {"eval/accuracy": 0.75} if state.get("outcome") == "finished" else None
+            folder = make(sweep, index)
+            records.write_json(folder / "trial.json", {"attempts": [attempt], "values": values})
+            records.write_json(folder / "progress.json", {"step": 2, "total_steps": 4, "values": {}})
+        with records.claim(sweep.folder(sweep.trials[3])):
+            found = records.statuses(sweep)
+            line = display.summary(sweep, found)
+            Console(width=200).print(display.table(sweep, found, rows=3))
+    assert [status.state for status in found] == ["failed", "interrupted", "finished", "running", "waiting"]
+    assert line.startswith(
+        "1/5 finished, 1 running, 1 failed, 1 interrupted, 1 waiting, best eval/accuracy 75.00% seed=2"
+    )
+    assert "left" in line
+    printed = capsys.readouterr().out
+    assert "seed=4" not in printed and "and 2 more" in printed and "2/4" in printed and " b " in printed
+
+
+# Real processes
+
+
+@pytest.fixture(scope="module")
+def long_config(tmp_path_factory, config) -> str:
+    """Trials long enough to be killed within."""
+    path = tmp_path_factory.mktemp("long") / "long.py"
+    text = Path(config).read_text().replace("c.num_steps = 32, 360, 4", "c.num_steps = 32, 360, 40")
+    path.write_text(text + "\ndef sweep(add):\n    for seed in range(2):\n        add(seed=seed)\n")
+    assert "360, 40" in path.read_text()
+    return str(path)
+
+
+@contextlib.contextmanager
+def launch(config: str, workdir: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    words = [sys.executable, "-m", "aaconv", "sweep", "--config", config, "--workdir", str(workdir), "--jobs", "2"]
+    with subprocess.Popen(
+        [*words, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long_config, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with launch(long_config, workdir) as process:
+        _, said = process.communicate(timeout=900)
+    assert process.returncode == cli.OK, said
+    return workdir
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    for _ in range(6000):
+        found = condition()
+        if found:
+            return found
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("it never came to that")
+
+
+def in_the_middle(workdir: Path, trained: int) -> int:
+    """The process of a trial that has begun, of which so many checkpoints are there; 0 before."""
+    if not (workdir / "sweep.json").exists():
+        return 0
+    sweep = records.load(workdir)
+    for status in records.statuses(sweep):
+        saved = (sweep.folder(status.trial) / "checkpoints").glob("*")
+        steps = [int(path.name) for path in saved if path.name.isdecimal()]  # others are being written
+        if status.state == "running" and max(steps, default=0) >= trained:
+            return int(status.process.rpartition(":")[2])
+    return 0
+
+
+@pytest.mark.slow
+def test_a_worker_and_the_launcher_are_killed_and_the_table_is_that_of_an_undisturbed_sweep(
+    long_config, undisturbed, tmp_path
+):
+    with launch(long_config, tmp_path, "--retries", "1") as process:
+        worker = wait_for(lambda: in_the_middle(tmp_path, 4), process)
+        assert worker != process.pid
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: "its process ended by SIGKILL" in killed(tmp_path), process)
+        wait_for(lambda: in_the_middle(tmp_path, 8), process)
+        process.kill()
+    with launch(long_config, tmp_path) as process:
+        _, said = process.communicate(timeout=900)
+    assert process.returncode == cli.OK, said
+    assert table(tmp_path) == table(undisturbed) and len(table(tmp_path)) >= 2 * 5
+    # What ran when the launcher was killed saved its state, and nothing ran twice at once.
+    for folder in (tmp_path / "trials").iterdir():
+        times = [(attempt["started"], attempt["seconds"]) for attempt in attempts(tmp_path, folder.name)]
+        assert all(start + seconds <= after for (start, seconds), (after, _) in zip(times, times[1:], strict=False))
+
+
+def killed(workdir: Path) -> str:
+    found = [records.read_json(path) for path in workdir.glob("trials/*/trial.json")]
+    return " ".join(attempt.get("error", "") for record in found for attempt in record["attempts"])
+
+
+@pytest.mark.slow
+def test_two_launchers_share_a_sweep_and_one_is_stopped(long_config, undisturbed, tmp_path):
+    with launch(long_config, tmp_path) as first:
+        wait_for(lambda: in_the_middle(tmp_path, 2), first)
+        with launch(long_config, tmp_path) as second:
+            wait_for(lambda: in_the_middle(tmp_path, 8), second)
+            first.send_signal(signal.SIGTERM)
+            _, said = first.communicate(timeout=300)
+            assert first.returncode == cli.STOPPED and "the same command goes on" in said, said
+            _, said = second.communicate(timeout=900)
+            assert second.returncode == cli.OK, said
+    assert table(tmp_path) == table(undisturbed)
+    outcomes = [[a["outcome"] for a in attempts(tmp_path, f.name)] for f in (tmp_path / "trials").iterdir()]
+    assert all(found.count("finished") == 1 and set(found) <= {"finished", "stopped"} for found in outcomes)
+
+
+def test_a_signal_at_the_end_of_a_trial_stops_the_sweep():
+    with train.Signals() as outer, train.Signals() as inner:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert inner.caught == outer.caught == signal.SIGTERM
+
+
+def test_gpus_are_seen_as_cuda_names_them():
+    gpus = lambda **environment: running.visible_gpus(environment)
+    assert gpus(CUDA_VISIBLE_DEVICES="2, GPU-8f,MIG-1/2") == ["2", "GPU-8f", "MIG-1/2"]
+    assert gpus(CUDA_VISIBLE_DEVICES="-1") == gpus(CUDA_VISIBLE_DEVICES="") == []
+    assert gpus(CUDA_VISIBLE_DEVICES="0", JAX_PLATFORMS="cpu") == []
+
+
+def test_every_processor_and_gpu_is_given_away_once():
+    for jobs in (1, 2, 3):
+        given = running.shares(jobs, range(7), list("abcd"))
+        assert sorted(p for share in given for p in share.processors) == list(range(7))
+        assert sorted(",".join(s.environment["CUDA_VISIBLE_DEVICES"] for s in given).split(",")) == list("abcd")
+    crowded = running.shares(4, [3], ["a"])
+    assert all(share.processors == (3,) for share in crowded)
+    assert {share.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] for share in crowded} == {"0.23"}
