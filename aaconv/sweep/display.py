@@ -50,7 +50,7 @@ def seconds_left(found: Sequence[Status]) -> float | None:
     """
     share = lambda s: 1.0 if s.state == "finished" else s.step / s.total_steps if s.total_steps else 0.0
     running = [s for s in found if s.state == "running"]
-    known = [s for s in found if share(s) > 0]
+    known = [s for s in found if share(s) > 0.05]  # before, compiling is most of the time
     done = sum(map(share, known))
     if not running or not done:
         return None
