@@ -142,8 +142,10 @@ def parse_flag(flag: str, text: str) -> tuple[str, list[Any]]:
             try:
                 value = ast.literal_eval(item)
             except (ValueError, SyntaxError) as error:
-                raise ValueError(f"{item} in {where} is no string of Python's: end it with the quote it begins with, "
-                                 "and write a quote within as \\' or \\\"") from error  # fmt: skip
+                raise ValueError(
+                    f"{item} in {where} is no string of Python's: end it with the quote it begins with, and write a "
+                    "backslash before a quote within"
+                ) from error
         elif re.fullmatch(r"-?\d+:-?\d+(:-?\d+)?", item) and kind is not str:
             bounds = [int(bound) for bound in item.split(":")]
             if kind is not int:

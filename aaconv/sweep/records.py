@@ -109,8 +109,9 @@ def load(workdir: str | os.PathLike[str]) -> Sweep:
             f"{folder} holds no sweep: name the --workdir of one, or begin it with `aaconv sweep --config FILE`"
         ) from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / SWEEP} is not the description of a sweep: move it away, or name a new --workdir") \
-            from error  # fmt: skip
+        raise ValueError(
+            f"{folder / SWEEP} is not the description of a sweep: move it away, or name a new --workdir"
+        ) from error
     return Sweep(folder, base, trials)
 
 
