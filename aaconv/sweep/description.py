@@ -273,7 +273,7 @@ def trial_name(overrides: Mapping[str, Any]) -> str:
       >>> trial_name({"model.kappa": 0.2, "model.stages": (2, 3), "data.name": "digits", "seed": 1})
       'data.name=digits,kappa=0.2,stages=2+3,seed=1'
       >>> trial_name({"data.train_split": "train[:10%]"})
-      'train_split=train__10__~8dfa0e76'
+      'train_split=train__10__~49169746'
       >>> trial_name({})
       'base'
     """
