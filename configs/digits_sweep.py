@@ -5,7 +5,7 @@ kappa and upsilon rise together; each cell has three seeds.
 
 COMMAND: aaconv sweep --config configs/digits_sweep.py --workdir runs/digits_sweep --jobs 2
 SOURCE: this project's own; the question is that of the paper's figure 4, on another data set.
-EXPECTED: docs/sweeps.md shows the table that it ended in.
+EXPECTED: 98.3% without attention (98.41, 98.21, 98.15 with seeds 0, 1, 2); the other cells were not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -410,7 +410,9 @@ def worker() -> int:
 
 def _end_with_the_launcher() -> None:
     # The other end of the pipe closes with the launcher, however that ended: what runs is saved.
-    sys.stdin.buffer.read()
+    # Not through sys.stdin, whose lock Python wants at its end.
+    while os.read(0, 1024):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

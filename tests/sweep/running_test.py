@@ -252,6 +252,7 @@ def undisturbed(long_config, tmp_path_factory) -> Path:
     with launch(long_config, workdir) as process:
         _, said = process.communicate(timeout=900)
     assert process.returncode == cli.OK, said
+    assert all(path.read_text() == "" for path in workdir.glob(".worker*.txt"))
     return workdir
 
 
@@ -318,6 +319,17 @@ def test_two_launchers_share_a_sweep_and_one_is_stopped(long_config, undisturbed
     assert table(tmp_path) == table(undisturbed)
     outcomes = [[a["outcome"] for a in attempts(tmp_path, f.name)] for f in (tmp_path / "trials").iterdir()]
     assert all(found.count("finished") == 1 and set(found) <= {"finished", "stopped"} for found in outcomes)
+
+
+def test_a_worker_without_work_ends_quietly_while_its_launcher_lives(config, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0") as sweep:
+        records.write_json(make(sweep, 0) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.5}})
+    words = [sys.executable, "-m", "aaconv.sweep"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        assert process.stdin is not None and process.stderr is not None
+        print(json.dumps({"workdir": str(tmp_path), "retries": 0, "since": 0.0}), file=process.stdin, flush=True)
+        assert process.stderr.read() == ""  # until it ends
+        assert process.wait() == 0
 
 
 def test_a_signal_at_the_end_of_a_trial_stops_the_sweep():
