@@ -168,7 +168,9 @@ class Checkpoints:
                     f"(- saved, + wanted):\n{difference}{explain(meta)}"
                 )
             try:
-                items = _read_twice(lambda step=candidate, sums=meta["crc32"]: self._read(step, abstract, sums))
+                items = _read_twice(lambda step=candidate: self._read(step, abstract))
+                # Only now, when all have read: the sums of sharded arrays gather them from all processes.
+                _read_twice(lambda items=items, sums=meta["crc32"]: _check_sums(items, sums))
             except _Damaged as error:
                 damaged[candidate] = str(error)
                 continue
@@ -211,18 +213,11 @@ class Checkpoints:
             raise ValueError(f"its meta does not describe {', '.join(missing)}")
         return meta
 
-    def _read(self, step: int, abstract: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
         assert self._manager is not None
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        items = {name: restored[name] for name in abstract}
-        # All of them before the first complaint: sharded arrays are gathered from all processes.
-        found = {name: _checksums(tree) for name, tree in items.items()}
-        for name, sums_of_tree in found.items():
-            for path, value in sums_of_tree.items():
-                if value != sums[name][path]:
-                    raise ValueError(f"the values of {name}/{path} are not those that were saved")
-        return items
+        return {name: restored[name] for name in abstract}
 
     def _set_aside(self, step: int) -> str:
         if self._read_only:
@@ -382,6 +377,15 @@ def _system_reason(error: BaseException | None, numbers: Sequence[int]) -> str:
                 return os.strerror(number)
         error = error.__cause__ or error.__context__
     return ""
+
+
+def _check_sums(items: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
+    # All of them before the first complaint: sharded arrays are gathered from all processes.
+    found = {name: _checksums(tree) for name, tree in items.items()}
+    for name, of_tree in found.items():
+        for path, value in of_tree.items():
+            if value != sums[name][path]:
+                raise ValueError(f"the values of {name}/{path} are not those that were saved")
 
 
 class _Damaged(Exception):

@@ -683,8 +683,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     workdir = _need_workdir(arguments)
     config = _load_config(arguments, or_workdir=True)
     _join(arguments)
-    from aaconv import train
+    from aaconv import hosts, train
 
+    hosts.let_sigterm_end()
     values = train.evaluate(config, workdir, which=arguments.checkpoint, note=_say)
     if _is_first_process():
         _print_pairs(

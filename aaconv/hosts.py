@@ -144,6 +144,14 @@ def _start_in_cluster(limits: Mapping[str, Any], start_timeout: float) -> None:
             "--coordinator, --processes and --process"
         ) from error
     _here.processes, _here.process = jax.process_count(), jax.process_index()
+    if _here.processes == 1:
+        let_sigterm_end()
+
+
+def let_sigterm_end() -> None:
+    """Gives SIGTERM its meaning back, which ``jax.distributed`` takes for those who ask it at each step."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _cluster() -> str:
@@ -363,7 +371,7 @@ def together(action: Callable[[], _T]) -> _T:
     except (ValueError, OSError) as caught:
         error = caught
     if jax.process_count() > 1:
-        told = exchange([socket.gethostname(), str(error) if error else ""])
+        told = exchange([socket.gethostname(), (str(error) or type(error).__name__) if error else ""])
         failed = [f"process {i} ({host}): {text}" for i, (host, text) in enumerate(told) if text]
         if failed and error is None:
             raise ValueError(failed[0] if len(failed) == 1 else f"{len(failed)} processes failed; {failed[0]}")
@@ -471,8 +479,8 @@ class _Here:
             )
         return (
             f"{who} ({socket.gethostname()}) lost contact with the others at {self.doing}{reason}: one of them ended, "
-            "did not come or fell silent, and its own last lines say why. Run the same command again on all hosts; "
-            "it goes on from the last checkpoint"
+            "was killed (out of memory?) or fell silent, or this one broke off; the last lines of each say why. Run "
+            "the same command again on all hosts; it goes on from the last checkpoint"
         )
 
 
@@ -543,7 +551,7 @@ class Watch:
             yield
         except graceful:
             raise
-        except Exception as error:
+        except BaseException as error:
             self._end_soon(LostError(_here.message(error)) if _is_loss(error) else error, _UNWIND_SECONDS)
             raise
 
@@ -551,7 +559,7 @@ class Watch:
         """Ends this process with the words of `error`, should it not soon do so by itself; from any thread."""
         self._end_soon(error, _WRITE_SECONDS)
 
-    def _end_soon(self, error: Exception, seconds: float) -> None:
+    def _end_soon(self, error: BaseException, seconds: float) -> None:
         if jax.process_count() > 1:
             timer = threading.Timer(seconds, _end, args=(error,))
             timer.daemon = True
@@ -575,7 +583,7 @@ def _is_loss(error: BaseException) -> bool:
     return kinds and bool(re.search(r"\bGloo\b|NCCL|^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):", str(error)))
 
 
-def _end(error: Exception) -> None:
+def _end(error: BaseException) -> None:
     if _here.leaving is None and _here.spoken.acquire(blocking=False):
         text = f"{error}" if isinstance(error, LostError | ValueError) else f"{type(error).__name__}: {error}"
         os.write(2, f"aaconv: error: {text}\n".encode())

@@ -85,11 +85,12 @@ def slurm(
       setup: lines of bash that come before training, e.g. ``module load cuda``.
 
     Raises:
-      ValueError: an argument holds a line break.
+      ValueError: an argument holds a line break, or the time is none, or too short to save within.
 
     References:
       https://slurm.schedmd.com/sbatch.html and srun.html; the signals were tried with Slurm 22.05.
     """
+    _check_time(time, save_seconds)
     options = {
         "job-name": training.name(),
         "nodes": nodes,
@@ -391,7 +392,10 @@ def tpu_vm(
         ("Train on every host; the log of all of them comes back here", on_all(there.words())),
         ("Give the slice back", delete),
     ]
-    lines = []
+    lines = [
+        "# The hosts need Python 3.11 or later, aaconv (--install names it for pip) and the data (data.data_dir).",
+        "",
+    ]
     for title, command in steps:
         if command:
             lines += [f"# {title}", _line(command), ""]
@@ -402,6 +406,23 @@ def tpu_vm(
         "# the run goes on from its last checkpoint.",
     ]
     return "\n".join([*lines, ""])
+
+
+def _check_time(time: str, save_seconds: int) -> None:
+    """Checks a limit in one of Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    if not time:
+        return
+    days, dash, rest = time.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        raise ValueError(f"--time {time!r} must be a limit in Slurm's form, e.g. 4:00:00 or 1-12:00:00")
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds = 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+    if seconds <= save_seconds:
+        raise ValueError(
+            f"--time {time} is no longer than --save-seconds {save_seconds}, the time to save before its end: the job "
+            "would be told to stop as soon as it began; give it more time"
+        )
 
 
 def _line(words: Sequence[str]) -> str:

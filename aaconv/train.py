@@ -163,7 +163,7 @@ def train_step(
 
     def gradient(batch_stats: Any, images: Array, targets: Array, key: Array) -> tuple[Any, Any, Array, Array]:
         def loss_of(params: Any) -> tuple[Array, tuple[Any, Array, Array]]:
-            weights = parallel.gather(params, run.mesh)
+            weights = parallel.gather(params, run.mesh, config.mesh.fsdp_min_size)
             logits, updated = apply(weights, batch_stats, parallel.divide_rows(images, run.mesh), key)
             losses = metrics.cross_entropy(logits, targets)
             return jnp.mean(losses), (updated, logits, losses)
@@ -308,7 +308,7 @@ def build(
     """
     if data is None:
         from aaconv import data
-    mesh = parallel.configured_mesh(config.mesh, devices)
+    mesh = parallel.configured_mesh(config.mesh, devices) if training else _evaluation_mesh(config)
     parallel.check_batch("eval_batch_size", config.eval_batch_size, mesh)
     best = config.checkpoint.best_metric
     if best and best not in EVAL_METRICS:
@@ -338,6 +338,14 @@ def build(
         plan=plan,
         optimizer=optimizer,
     )
+
+
+def _evaluation_mesh(config: ConfigDict) -> Mesh:
+    """The config's mesh, or all devices along the batch where that of a pod does not fit: results are the same."""
+    try:
+        return parallel.configured_mesh({**config.mesh, "batch_norm_devices": -1})
+    except ValueError:
+        return parallel.make_mesh()
 
 
 # The loop
@@ -513,7 +521,7 @@ def train(
                 clock.turn_to(Doing.COMPILING, step + 1)
                 step_fn = compile_step(run, state, batch, resident)
                 progress.note(f"compiled the step in {clock.elapsed():.1f} s")
-                if _asked_to_stop(signals, step):
+                if asked_to_stop(signals, step - start):
                     raise Preempted(f"stopped by {signals.name} at step {step}, before a new one; run it again")
             clock.turn_to(Doing.STEPPING, step + 1)
             state, loss = traced(step + 1, step_fn, state, batch, resident)
@@ -524,7 +532,7 @@ def train(
             in_flight.append(loss)
             if len(in_flight) > 2:
                 jax.block_until_ready(in_flight.popleft())
-            stop = _asked_to_stop(signals, step)
+            stop = asked_to_stop(signals, step - start)
             if step % config.log_every_steps == 0 or step == total_steps:
                 log_window()
                 check_finite()
@@ -535,7 +543,7 @@ def train(
             check_finite()
             if eval_due() and not stop:
                 evaluate_here()
-                stop = stop or _asked_to_stop(signals, step)
+                stop = stop or asked_to_stop(signals, step - start)
             if stop or save_due or saver.improves(step):
                 clock.turn_to(Doing.SAVING, step)
                 meta = {
@@ -677,9 +685,12 @@ class Signals:
             signal.signal(number, handler)
 
 
-def _asked_to_stop(signals: Signals, step: int) -> bool:
+def asked_to_stop(signals: Signals, steps: int) -> bool:
+    """Whether to stop, asked by all processes after as many steps of this part of the run."""
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
+        # jax has them meet one above the largest number that any has asked with, which is 0 for one that has not yet: a
+        # run that continues from step 1000 would never pass by 1.
+        return multihost_utils.reached_preemption_sync_point(steps + 1)
     return signals.caught is not None
 
 

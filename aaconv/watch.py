@@ -286,7 +286,7 @@ class HangDetector:
                     self._file.write_text(reports)
 
     def _report(self, what: str) -> str:
-        names = "".join(f"  0x{thread.ident:016x} {thread.name}\n" for thread in threading.enumerate())
+        names = "".join(f"  0x{thread.ident or 0:016x} {thread.name}\n" for thread in threading.enumerate())
         # Not straight to standard error, which in a notebook is no file.
         with tempfile.TemporaryFile() as scratch:
             faulthandler.dump_traceback(scratch)

@@ -270,7 +270,7 @@ def restored(config, workdir: Path, devices: int) -> dict:
 # What processes must agree on
 
 AGREEING = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 
 port, i, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -279,7 +279,7 @@ os.environ |= {  # as in a step of Slurm's
     "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": port,
 }
 import jax, numpy as np
-from aaconv import checkpoints, hosts, parallel
+from aaconv import checkpoints, hosts, parallel, train
 
 hosts.start(start_timeout=60, heartbeat_timeout=4)
 assert (jax.process_index(), jax.process_count()) == (i, 2)
@@ -312,6 +312,14 @@ with checkpoints.Checkpoints(folder) as saver:
 (folder / str(i)).mkdir()
 refused(lambda: hosts.check_same_folder(folder / str(i)))
 print(json.dumps(said), flush=True)
+# SIGTERM before the first step of a run that continues from far on: all stop, at the same step.
+signals = train.Signals()
+if i == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)  # until jax has told the others
+hosts.exchange("sent")
+stops = [train.asked_to_stop(signals, steps) for steps in range(5)]
+assert True in stops and hosts.exchange(stops) == [stops, stops], stops
 hosts.at("step 3 of 9")
 if i == 1:
     os.kill(os.getpid(), signal.SIGSTOP)  # silent, as behind a broken network

@@ -105,8 +105,8 @@ def _group(attributes: str, devices: int) -> tuple[int, ...]:
     """The first group of devices; of a permutation, the first that one sends to another and itself."""
     pairs = _PAIRS.search(attributes)
     if pairs:
-        first = re.match(r"\{(\d+),(\d+)\}", pairs[1])
-        return tuple(dict.fromkeys(map(int, first.groups()))) if first else (0,)
+        apart = (pair for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1])
+        return tuple(map(int, next(apart, "0")))
     mesh = _MESH.search(attributes)
     if mesh:
         order = _grid(_numbers(mesh[2]), _numbers(mesh[3])).ravel() if mesh[2] else None

@@ -88,7 +88,7 @@ def run(
             found[name]["largest_batch"] = dataclasses.asdict(answer)
     if not fits:
         print("\nIt does not fit. What helps:")
-        print("\n".join(f"  - {remedy}" for remedy in page.REMEDIES), flush=True)
+        print("\n".join(f"  - {remedy}" for remedy in page.remedies(slice.chips, config)), flush=True)
     if json_file:
         _write(json_file, config, slice, found, fits)
         note(f"written {json_file}")

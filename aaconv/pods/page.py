@@ -9,15 +9,23 @@ from aaconv.pods import bounds, buffers, collectives
 from aaconv.pods.chips import Slice
 from aaconv.pods.programs import Program
 
-REMEDIES = (
-    "a smaller --config.batch_size (or eval_batch_size), or more chips",
-    "--config.accumulate_steps=2: the same batch in parts, one after another",
-    "--config.mesh.fsdp=4: weights, optimiser state and averages divided among chips",
-    "--config.mesh.spatial=2: the rows of each image divided among chips",
-    "--config.model.implementation=None: attention of linear memory, if another was named",
-    "`aaconv plan`: as many augmented stages as fit",
-)
 _WIDTH = 28
+
+
+def remedies(chips: int, config: Any) -> list[str]:
+    """What to try where a program does not fit, as far as this slice and config allow it."""
+    found = [
+        "a smaller --config.batch_size (or eval_batch_size), or more chips",
+        f"--config.accumulate_steps={2 * config.accumulate_steps}: the same batch in parts, one after another",
+    ]
+    if chips > 1:
+        found += [
+            "--config.mesh.spatial: the rows of each image divided among chips",
+            "--config.mesh.fsdp: weights, optimiser state and averages divided among chips, where they are large",
+        ]
+    if config.model.implementation:
+        found.append("--config.model.implementation=None: attention of linear memory")
+    return [*found, "`aaconv plan`: as many augmented stages as fit"]
 
 
 def gibibytes(size: float | None) -> str:
