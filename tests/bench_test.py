@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aaconv import cli, ops
+from aaconv import cli, ops, train
 from aaconv.bench import attention, program, step, timing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -248,7 +248,8 @@ def test_step_of_inference_alone(bench, tmp_path):
 
 def test_equal_layers_are_measured_once():
     configs = step._configs(["aa_resnet50"], step.RECIPE, ["data.image_size=64", "batch_size=2"], [])
-    kinds = step._kinds(step._run(configs["aa_resnet50"], None), batch=2)
+    run = train.build(configs["aa_resnet50"], None, step._Synthetic(), training=True, devices=jax.devices()[:1])
+    kinds = step._kinds(run, batch=2)
     # In each of the three augmented stages the first block has the stride and the others are alike.
     assert [len(kind.paths) for kind in kinds] == [1, 3, 1, 5, 1, 2]
 
