@@ -58,7 +58,7 @@ LONG = ("_0_75", "_1_25", "_1_4", "resnet101", "resnet152")
 
 @pytest.mark.parametrize(
     "name,parameters",
-    [pytest.param(*item, marks=[pytest.mark.slow] if item[0].endswith(LONG) else []) for item in EVERY.items()],
+    [pytest.param(*item, marks=[pytest.mark.by_hand] if item[0].endswith(LONG) else []) for item in EVERY.items()],
 )
 def test_builds(name, parameters):
     config = config_lib.load(str(CONFIGS / name))

@@ -279,7 +279,7 @@ def in_the_middle(workdir: Path, trained: int) -> int:
     return 0
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_worker_and_the_launcher_are_killed_and_the_table_is_that_of_an_undisturbed_sweep(
     long_config, undisturbed, tmp_path
 ):
@@ -305,7 +305,7 @@ def killed(workdir: Path) -> str:
     return " ".join(attempt.get("error", "") for record in found for attempt in record["attempts"])
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_two_launchers_share_a_sweep_and_one_is_stopped(long_config, undisturbed, tmp_path):
     with launch(long_config, tmp_path) as first:
         wait_for(lambda: in_the_middle(tmp_path, 2), first)
