@@ -19,6 +19,7 @@ from aaconv import ops
 from aaconv.bench import ahead, program, report, timing, tpu_peers
 from aaconv.bench.program import Inputs, Program, Shape
 from aaconv.errors import close_matches
+from aaconv.watch import PEAK_FLOPS
 
 BASELINE = "skew"
 TORCH_PEERS = {
@@ -59,8 +60,8 @@ class Chip:
 
 # By `jax.Device.device_kind`: https://cloud.google.com/tpu/docs/v5e and .../v6e.
 CHIPS = {
-    "TPU v5 lite": Chip(819e9, 197e12 / 2, 1024 * 1.5e9),  # 8 x 128 lanes, one a cycle
-    "TPU v6 lite": Chip(1640e9, 918e12 / 2),
+    "TPU v5 lite": Chip(819e9, PEAK_FLOPS["TPU v5 lite"]["bfloat16"] / 2, 1024 * 1.5e9),  # 8 x 128 lanes, one a cycle
+    "TPU v6 lite": Chip(1640e9, PEAK_FLOPS["TPU v6 lite"]["bfloat16"] / 2),
 }
 
 MOST_BYTES = 10**12  # of the inputs of what is compiled without being run

@@ -252,20 +252,32 @@ class _Synthetic:
         )
 
     def train_input(self, config: ConfigDict, **processes: int) -> data.TrainInput:
-        nothing: Any = None
-        return data.TrainInput(
-            nothing,
-            steps_per_epoch=STEPS_PER_EPOCH,
-            placement="memory",
-            resident=None,
-            num_workers=0,
-            identity={},
-            config=config,
-        )
+        return train_input_without_examples(config, STEPS_PER_EPOCH, "memory")
 
     def eval_input(self, config: ConfigDict, **processes: int) -> data.EvalInput:
-        nothing: Any = None
-        return data.EvalInput(nothing, num_batches=1, placement="memory", num_workers=0, config=config)
+        return eval_input_without_examples(config)
+
+
+def train_input_without_examples(
+    config: ConfigDict, steps_per_epoch: int, placement: str, resident: Any = None
+) -> data.TrainInput:
+    """Returns a training input that prepares batches and yields none, for steps on made-up batches."""
+    nothing: Any = None
+    return data.TrainInput(
+        nothing,
+        steps_per_epoch=steps_per_epoch,
+        placement=placement,
+        resident=resident,
+        num_workers=0,
+        identity={},
+        config=config,
+    )
+
+
+def eval_input_without_examples(config: ConfigDict) -> data.EvalInput:
+    """Returns an evaluation input that prepares batches and yields none."""
+    nothing: Any = None
+    return data.EvalInput(nothing, num_batches=1, placement="memory", num_workers=0, config=config)
 
 
 def _configs(

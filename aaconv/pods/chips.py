@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 
+from aaconv import watch
 from aaconv.errors import close_matches
 
 HOP_SECONDS = 0.5e-6
@@ -53,6 +54,10 @@ class Chip:
         return "chip" if self.cores == 1 else "core"
 
 
+def _peak(kind: str) -> float:
+    return watch.PEAK_FLOPS[kind]["bfloat16"]
+
+
 _GIB = 2**30
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SOLID = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
@@ -62,10 +67,23 @@ CHIPS = {
     for chip in (
         # The links' rates: 400 and 800 GB/s over 4 ports both ways, 1200 GB/s over 6; of v4, 50 GB/s from the paper.
         # v4: two cores of half the memory each. On Cloud TPUs they are joined to one device, here they are not.
-        Chip("v4", 32 * _GIB, int(30.5 * _GIB), 275e12, 1200e9, 50e9, 3, 2, (*_SOLID, (16, 16, 16)), cube=True),
-        Chip("v5e", 16 * 10**9, int(15.75 * _GIB), 197e12, 819e9, 50e9, 2, 1, _FLAT),
-        Chip("v5p", 95 * _GIB, int(95.73 * _GIB), 459e12, 2765e9, 100e9, 3, 1, (*_SOLID, (16, 16, 24)), cube=True),
-        Chip("v6e", 32 * 10**9, int(31.24 * _GIB), 918e12, 1638e9, 100e9, 2, 1, _FLAT),
+        Chip(
+            "v4", 32 * _GIB, int(30.5 * _GIB), _peak("TPU v4"), 1200e9, 50e9, 3, 2, (*_SOLID, (16, 16, 16)), cube=True
+        ),
+        Chip("v5e", 16 * 10**9, int(15.75 * _GIB), _peak("TPU v5e"), 819e9, 50e9, 2, 1, _FLAT),
+        Chip(
+            "v5p",
+            95 * _GIB,
+            int(95.73 * _GIB),
+            _peak("TPU v5p"),
+            2765e9,
+            100e9,
+            3,
+            1,
+            (*_SOLID, (16, 16, 24)),
+            cube=True,
+        ),
+        Chip("v6e", 32 * 10**9, int(31.24 * _GIB), _peak("TPU v6e"), 1638e9, 100e9, 2, 1, _FLAT),
     )
 }
 

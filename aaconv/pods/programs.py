@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 
 from aaconv import data, metrics, parallel, train
 from aaconv.bench import ahead
+from aaconv.bench.step import eval_input_without_examples, train_input_without_examples
 from aaconv.config import ConfigDict
 from aaconv.data import declared, pipeline
 from aaconv.models import summary
@@ -49,20 +50,12 @@ class Described:
     def train_input(self, config: ConfigDict, **processes: int) -> data.TrainInput:
         info = self.info(config)
         resident = self._resident(config, info)
-        nothing: Any = None
-        return data.TrainInput(
-            nothing,
-            steps_per_epoch=info.num_train // config.batch_size or STEPS_PER_EPOCH,
-            placement="workers" if resident is None else "device",
-            resident=resident,
-            num_workers=0,
-            identity={},
-            config=config,
-        )
+        steps_per_epoch = info.num_train // config.batch_size or STEPS_PER_EPOCH
+        placement = "workers" if resident is None else "device"
+        return train_input_without_examples(config, steps_per_epoch, placement, resident)
 
     def eval_input(self, config: ConfigDict, **processes: int) -> data.EvalInput:
-        nothing: Any = None
-        return data.EvalInput(nothing, num_batches=1, placement="memory", num_workers=0, config=config)
+        return eval_input_without_examples(config)
 
     def _resident(self, config: ConfigDict, info: data.DatasetInfo) -> Any:
         """Shapes of the training set where `aaconv.data.pipeline.train_input` would put it on the accelerator."""
