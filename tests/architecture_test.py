@@ -91,10 +91,14 @@ def violations(path: str, source: str) -> list[str]:
                 other = "__init__"  # a name such as aaconv.AAConv, not a module
             if other != room and other not in ALLOWED[room]:
                 found.append(f"{path} imports {module}: {room} may only import {sorted(ALLOWED[room])}")
+            elif room == "cli" and runs and other not in ("cli", "errors"):
+                found.append(f"{path} imports {module} at the top: every command would wait for it")
         elif room in CORE and library not in CORE_LIBRARIES:
             found.append(f"{path} imports {module}: `import aaconv` needs jax and flax alone")
         elif room not in HOMES.get(library, {room}):
             found.append(f"{path} imports {module}: only {sorted(HOMES[library])} may")
+        elif room == "cli" and runs and library not in sys.stdlib_module_names:
+            found.append(f"{path} imports {module} at the top: every command would wait for it")
         elif runs and library in LATE:
             package_init = parts[-1] == "__init__"
             if package_init or (room, library) not in TOP_LEVEL_BY_RIGHT:
@@ -141,6 +145,8 @@ def test_every_room_is_known():
         ("aaconv/train.py", "from aaconv.sweep import records"),
         ("aaconv/sweep/new.py", "from aaconv import pods"),
         ("aaconv/bench/__init__.py", "import torch"),
+        ("aaconv/cli/new.py", "from aaconv import train"),
+        ("aaconv/cli/__init__.py", "import jax"),
         ("configs/new.py", "from aaconv import config"),
         ("configs/new.py", "import numpy as np"),
     ],
@@ -157,6 +163,7 @@ def test_wrong_import_is_found(path, line):
         ("aaconv/data/new.py", "import grain\nfrom aaconv.errors import close_matches"),
         ("aaconv/plots.py", "def f():\n    import matplotlib"),
         ("aaconv/metrics.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import tensorboardX"),
+        ("aaconv/cli/new.py", "from aaconv.cli import train\ndef f():\n    from aaconv import train"),
         ("configs/new.py", "from __future__ import annotations\nimport ml_collections"),
     ],
 )

@@ -1,0 +1,162 @@
+"""``aaconv sweep``, ``aaconv sweep status`` and ``aaconv sweep report``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aaconv.cli.arguments import Commands, at_least_one, at_least_zero
+from aaconv.cli.exits import OK, TRIAL_FAILED
+from aaconv.cli.loading import load_config, need_workdir
+from aaconv.cli.printing import make_console, make_table, print_pairs, say
+
+if TYPE_CHECKING:
+    from aaconv.config import ConfigDict
+    from aaconv.sweep.description import Trial
+
+
+def add(commands: Commands) -> None:
+    """Adds the commands and their flags."""
+    sweep = commands.add(
+        "sweep",
+        _sweep,
+        "Run what is missing of a sweep: all trials that the config's sweep(add), or --grid and --zip, describe.",
+        config="config file, e.g. configs/digits_sweep.py",
+        workdir="folder of the sweep: its description, trials/, results.csv",
+    )
+    sweep.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="values of a key, e.g. model.kappa=0.1,0.2 or seed=0:3 (0, 1, 2) or 'model.stages=(2,3),(3,)'; repeated: "
+        "all combinations",
+    )
+    sweep.add_argument(
+        "--zip",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="likewise, but lists of one length: the first values belong together, and so on",
+    )
+    sweep.add_argument(
+        "--invalid",
+        default="error",
+        choices=("error", "skip"),
+        help="what to do with a trial that cannot be run, as its config or its shapes say (default: error)",
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="print the trials, with what each costs, and run nothing")
+    sweep.add_argument(
+        "--jobs",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="processes at a time, each with its share of the machine",
+    )
+    sweep.add_argument(
+        "--retries", type=at_least_zero, default=0, metavar="K", help="times a failed trial is tried again (default: 0)"
+    )
+    sweep.epilog = f"`aaconv sweep status` and `aaconv sweep report` say how it goes and what came out. {sweep.epilog}"
+    commands.add_kinds("sweep")
+    commands.add("sweep status", _status, "Print how each trial stands.", workdir="folder of the sweep")
+    report = commands.add(
+        "sweep report",
+        _report,
+        "Print mean, deviation and 95% interval over seeds; write report.md and results.csv.",
+        workdir="folder of the sweep",
+    )
+    report.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a table each, e.g. eval/loss (default: the config's checkpoint.best_metric)",
+    )
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    base = load_config(arguments, or_workdir=False)
+    if not arguments.dry_run:
+        need_workdir(arguments)
+    from aaconv import config as config_lib
+    from aaconv.sweep import description
+
+    if arguments.grid or arguments.zip:
+        cells = description.from_flags(arguments.grid, arguments.zip)
+    else:
+        function = config_lib.sweep_function(arguments.config)
+        if function is None:
+            raise ValueError(
+                f"{arguments.config} describes no sweep: add a function sweep(add) to it, or give --grid KEY=VALUES"
+            )
+        cells = description.from_function(function, arguments.config)
+    if arguments.jobs > 1:
+        import jax
+
+        # The processes take the accelerators; here shapes are all that is asked for.
+        jax.config.update("jax_platforms", "cpu")
+    trials, invalid = description.describe(
+        base, cells, check_devices=arguments.jobs == 1, need_data=not arguments.dry_run, note=say
+    )
+    for cell in invalid:
+        say(f"cannot be run: {cell.name}: {cell.reason}")
+    if arguments.dry_run and trials:
+        _print_trials(trials)
+    if invalid and (arguments.invalid == "error" or not trials):
+        of = f"{len(invalid)} of {len(cells)} trials cannot be run"
+        raise ValueError(f"{of}, as said above: change them" + (", or add --invalid skip" if trials else ""))
+    return OK if arguments.dry_run else _run_sweep(arguments, base, trials)
+
+
+def _print_trials(trials: Sequence[Trial]) -> None:
+    table = make_table("trial", "parameters", "MFLOPs", "memory (MB)", text=1)
+    for trial in trials:
+        table.add_row(trial.name, f"{trial.parameters:,}", f"{trial.flops / 1e6:,.2f}", f"{trial.memory / 1e6:,.1f}")
+    make_console().print(table)
+    print(f"{len(trials)} trials; FLOPs for one image; memory: estimated, of a training step on each device")
+
+
+def _run_sweep(arguments: argparse.Namespace, base: ConfigDict, trials: Sequence[Trial]) -> int:
+    from aaconv import checkpoints
+    from aaconv.sweep import display, records, report, running
+
+    workdir = checkpoints.check_writable(records.local(arguments.workdir))
+    with records.opened(workdir, base, trials, note=say) as sweep:
+        try:
+            found = running.run(
+                sweep, jobs=arguments.jobs, retries=arguments.retries, displayed=partial(display.displayed, sweep)
+            )
+        finally:
+            report.write_results(sweep)
+    failed = [status for status in found if status.state != "finished"]
+    for status in failed:
+        say(f"failed: {status.trial.name}, {sweep.folder(status.trial) / records.OUTPUT}")
+        for line in status.error.splitlines():
+            say(f"  {line}")
+    pairs = [("trials", display.summary(sweep, found)), ("results", str(sweep.workdir / report.RESULTS))]
+    print_pairs([*pairs, ("table", f"aaconv sweep report --workdir {shlex.quote(arguments.workdir)}")])
+    return TRIAL_FAILED if failed else OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from aaconv.sweep import display, records
+
+    sweep = records.load(need_workdir(arguments))
+    make_console().print(display.table(sweep, records.statuses(sweep)))
+    return OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from aaconv.sweep import records, report
+
+    sweep = records.load(need_workdir(arguments))
+    path, text, pictures = report.write_report(sweep, arguments.metric)
+    print(text)
+    print_pairs([("report", str(path)), ("results", str(sweep.workdir / report.RESULTS))])
+    print_pairs(("picture", str(picture)) for picture in pictures or [])
+    if pictures is None:
+        say("no pictures: run  pip install 'aaconv[plots]'  and the same command again")
+    return OK
