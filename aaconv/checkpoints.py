@@ -419,10 +419,14 @@ def _read_twice(read: Callable[[], _T]) -> _T:
 def _quiet_threads(on_error: Callable[[BaseException], None]) -> Iterator[None]:
     """Keeps orbax's threads from logging the traceback of an error that `Checkpoints.wait` raises; hands it on."""
 
+    failed = False
+
     def wanted(record: logging.LogRecord) -> bool:
+        nonlocal failed
         of_orbax = record.name == "asyncio" or "/orbax/" in Path(record.pathname).as_posix()
         if record.levelno < logging.ERROR or not of_orbax:
             return True
+        failed = True
         if record.name == "absl" and record.exc_info and record.exc_info[1] is not None:
             on_error(record.exc_info[1])
         return False
@@ -432,8 +436,12 @@ def _quiet_threads(on_error: Callable[[BaseException], None]) -> Iterator[None]:
         logger.addFilter(wanted)
     try:
         yield
+    except BaseException:
+        failed = True
+        raise
     finally:
-        gc.collect()  # asyncio logs an error that nobody awaited when its future is deleted
+        if failed:
+            gc.collect()  # asyncio logs an error that nobody awaited when its future is deleted
         for logger in loggers:
             logger.removeFilter(wanted)
 
@@ -445,8 +453,10 @@ def _quiet_coroutines() -> Iterator[None]:
     sys.unraisablehook = lambda unraisable: None
     try:
         yield
+    except BaseException:
+        gc.collect()  # while nobody listens; without an error there is nothing to hide, and this takes 0.1 s
+        raise
     finally:
-        gc.collect()
         sys.unraisablehook = hook
 
 

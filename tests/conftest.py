@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # In the environment, before jax is imported, so that the processes which tests start have it too.
@@ -31,6 +33,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config: pytest.Config) -> None:
     # grain reads absl flags, which refuse to be read before somebody has parsed them.
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_look_through() -> Iterator[None]:
+    """Takes what a module leaves out of later garbage collections: jax keeps all that it traced, a second's look."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

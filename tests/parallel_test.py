@@ -236,7 +236,7 @@ def by_hand(params, images, labels, groups: int):
         own = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)
         return -own.mean(), (mean.mean(axis=(0, 1, 2, 3)), var.mean(axis=(0, 1, 2, 3)))
 
-    return jax.value_and_grad(loss_of, has_aux=True)(params)
+    return jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
 
 
 @pytest.mark.parametrize("sharing, groups", [(-1, 1), (1, 8), (2, 4), (4, 2)])

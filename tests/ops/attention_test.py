@@ -65,23 +65,27 @@ def test_gradients_of_every_argument(inputs, implementation, space):
         args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (q, k, v, rel, 0.7))
         modes = ["rev"] if implementation == "blockwise" else ["rev", "fwd"]
         check_grads(f, args, order=1, modes=modes, atol=1e-7, rtol=1e-7)
-        if len(space) == 2 or implementation == "blockwise":  # one number of axes is enough where jax differentiates
+        if len(space) == 2 and implementation == "blockwise":  # the others' derivatives are all jax's
             check_grads(f, args, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
 @EVERY_FLOAT32
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2, 3), (0,)], ids=str)
 def test_any_batch_shape(inputs, implementation, batch):
     q, k, v, rel = jax.tree.map(jnp.asarray, inputs((3, 4), batch=batch, dtype=np.float32))
     f = lambda q, k, v: ops.relative_attention(q, k, v, rel, implementation=implementation)
-    got = f(q, k, v)
+
+    def loss(*args):
+        got = ops.relative_attention(*args, implementation=implementation)
+        return got.sum(), got
+
+    gradients, got = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, rel)
     assert got.shape == v.shape
+    one = jax.jit(f)
     for b in np.ndindex(*batch):
-        np.testing.assert_allclose(got[b], f(q[b], k[b], v[b]), atol=1e-6)
+        np.testing.assert_allclose(got[b], one(q[b], k[b], v[b]), atol=1e-6)
     if batch and batch != (0,):
-        np.testing.assert_allclose(jax.vmap(f)(q, k, v), got, atol=1e-6)
-    loss = lambda *a: ops.relative_attention(*a, implementation=implementation).sum()
-    gradients = jax.grad(loss, (0, 1, 2, 3))(q, k, v, rel)
+        np.testing.assert_allclose(jax.jit(jax.vmap(f))(q, k, v), got, atol=1e-6)
     assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, (q, k, v, rel))
 
 

@@ -38,6 +38,10 @@ def out_and_gradients(attend, q, k, v, rel, scale):
     return out, pull(weights)
 
 
+def on_one_device(attend, *arrays):
+    return jax.jit(functools.partial(out_and_gradients, attend))(*arrays)
+
+
 def assert_close(got, wanted, tolerance=2e-5):
     """To a share of each array's largest number."""
 
@@ -70,7 +74,7 @@ def test_equals_one_device(inputs, sizes, space, batch, positions):
     arrays = arguments(inputs, space, batch=batch, positions=positions)
     attend = functools.partial(ops.relative_attention, spatial_ndim=len(space))
     got = jax.jit(functools.partial(out_and_gradients, attend))(*put(mesh, arrays))
-    assert_close(got, out_and_gradients(attend, *arrays))
+    assert_close(got, on_one_device(attend, *arrays))
     if space[0] % mesh.shape["spatial"] == 0:
         assert "spatial" in got[0].sharding.spec
 
@@ -80,14 +84,14 @@ def test_other_implementations_equal_one_device(inputs, implementation):
     arrays = arguments(inputs, (9, 4), batch=(2,), n=1)
     attend = functools.partial(ops.relative_attention, implementation=implementation, precision="highest")
     got = jax.jit(functools.partial(out_and_gradients, attend))(*put(make_mesh(DATA), arrays))
-    assert_close(got, out_and_gradients(ops.relative_attention, *arrays))
+    assert_close(got, on_one_device(ops.relative_attention, *arrays))
 
 
 def test_in_bfloat16(inputs):
     arrays = arguments(inputs, (8, 6), dtype=jnp.bfloat16)
     got = jax.jit(functools.partial(out_and_gradients, ops.relative_attention))(*put(make_mesh(DATA), arrays))
     assert got[0].dtype == got[1][0].dtype == jnp.bfloat16
-    assert_close(got, out_and_gradients(ops.relative_attention, *arrays), 0.01)
+    assert_close(got, on_one_device(ops.relative_attention, *arrays), 0.01)
 
 
 @pytest.mark.parametrize("spec", [("data", "spatial"), (None, ("data", "spatial")), ("data", None, "spatial")], ids=str)
@@ -101,7 +105,7 @@ def test_explicit_axes_say_how_rows_are_divided(inputs, spec, implementation):
     with jax.set_mesh(mesh):
         arrays = *put(mesh, (q, k, v), *spec), *put(mesh, tuple(rest))
         got = jax.jit(functools.partial(out_and_gradients, attend))(*arrays)
-    assert_close(got, out_and_gradients(ops.relative_attention, q, k, v, *rest))
+    assert_close(got, on_one_device(ops.relative_attention, q, k, v, *rest))
     if implementation is None and spec[1]:
         assert got[0].sharding.spec[:2] == spec
 
@@ -127,7 +131,7 @@ def test_within_the_callers_shard_map_over_other_axes(inputs):
 
     placed = put(mesh, arrays)
     got = jax.jit(functools.partial(out_and_gradients, attend))(*placed)
-    assert_close(got, out_and_gradients(ops.relative_attention, *arrays))
+    assert_close(got, on_one_device(ops.relative_attention, *arrays))
     wanted = jax.grad(lambda rel: jnp.sum(ops.relative_attention(*arrays[:3], rel) ** 2))(arrays[3])
     assert_close(jax.jit(gradient_of_tables)(*placed[:4]), wanted)
 
@@ -141,7 +145,7 @@ def test_under_vmap_and_remat(inputs):
         return jax.vmap(lambda q, k, v: ops.relative_attention(q, k, v, rel, scale=scale))(q, k, v)
 
     got = jax.jit(functools.partial(out_and_gradients, attend))(*put(mesh, arrays))
-    assert_close(got, out_and_gradients(ops.relative_attention, *arrays))
+    assert_close(got, on_one_device(ops.relative_attention, *arrays))
 
 
 @pytest.mark.parametrize("space", [(96, 48), (48, 96)], ids=str)
