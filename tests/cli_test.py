@@ -317,6 +317,7 @@ def test_folder_without_checkpoint(trained, images, aaconv, tmp_path):
         ("bench attention --output /proc/none", "--output /proc/none cannot be written"),
         ("bench attention --config.seed=1", "`aaconv bench attention` takes no config: leave out --config.seed=1"),
         ("bench step --models resnet5", "unknown model 'resnet5'; did you mean 'resnet50'"),
+        ("models --names zz*", "no network matches 'zz*': `aaconv models --names` lists them all"),
         ("bench step --models ,", "--models is empty: name networks"),
         ("bench step --implementation skwe", "did you mean 'skew'"),
         ("bench step --config CONFIG", "data.image_size is not set in the config: add --size"),
@@ -331,6 +332,11 @@ def test_wrong_command_line_is_answered_in_one_line(config, aaconv, tmp_path, li
     assert last.startswith("aaconv: error: ") and words in last
     assert "Traceback" not in answer.err and answer.out == ""
     assert not list(tmp_path.rglob("checkpoints/*"))
+
+
+def test_names_of_networks(aaconv):
+    answer = aaconv("models", "--names", "aa_resnet5?")
+    assert (answer.code, answer.out) == (cli.OK, "aa_resnet50\n")
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])

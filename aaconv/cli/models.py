@@ -14,10 +14,11 @@ def add(commands: Commands) -> None:
         "models", _models, "Print a page of all networks: source, parameters, FLOPs, what attends where."
     )
     models.add_argument("pattern", nargs="?", default="*", help="of names, e.g. 'aa_*' (default: all)")
+    models.add_argument("--names", action="store_true", help="print the names alone, which takes no counting")
 
 
 def _models(arguments: argparse.Namespace) -> int:
     from aaconv.models import table
 
-    print(table.page(arguments.pattern), end="")
+    print("\n".join(table.matching(arguments.pattern)) if arguments.names else table.page(arguments.pattern).rstrip())
     return OK

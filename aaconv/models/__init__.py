@@ -237,7 +237,7 @@ def entry(name: str) -> Entry:
         return MODELS[name]
     match = re.fullmatch(rf"(?:(aa|{'|'.join(_RECALIBRATED)})_)?wrn_(\d+)_(\d+)", name)
     if match is None:
-        raise ValueError(f"unknown model {name!r}{close_matches(name, MODELS)}; known: {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}{close_matches(name, MODELS)}; `aaconv models --names` lists them all")
     kind, depth, width = match.groups()
     network = _wide_resnet(int(depth), int(width), augmented=kind == "aa")
     return _recalibrated(kind, network) if kind in _RECALIBRATED else network

@@ -64,6 +64,18 @@ MnasNet, and whole forward passes of ResNet-18 and 50.
 """
 
 
+def matching(pattern: str = "*") -> list[str]:
+    """Returns the names that match, of which there is at least one.
+
+    Raises:
+      ValueError: no name matches.
+    """
+    names = list_models(pattern)
+    if not names:
+        raise ValueError(f"no network matches {pattern!r}: `aaconv models --names` lists them all")
+    return names
+
+
 def page(pattern: str = "*") -> str:
     """Returns the page as Markdown.
 
@@ -73,9 +85,7 @@ def page(pattern: str = "*") -> str:
     Raises:
       ValueError: no name matches.
     """
-    names = list_models(pattern)
-    if not names:
-        raise ValueError(f"no network matches {pattern!r}: `aaconv models` lists them all")
+    names = matching(pattern)
     variants = [name for name in PUBLISHED if " " in name and name.partition(" ")[0] in names]
     lines = [_HEAD, *_table(names)]
     if variants:
