@@ -59,6 +59,7 @@ def default_config() -> ConfigDict:
     c.model.recalibration_stages = config_dict.placeholder(tuple)  # stages that have it, from 1
     c.model.depth = config_dict.placeholder(int)  # Wide-ResNet: 6 n + 4
     c.model.width = config_dict.placeholder(int)  # Wide-ResNet: multiplier; ResNet: stem channels
+    c.model.stem_channels = config_dict.placeholder(int)  # Wide-ResNet: of the stem; stages have width x 1, 2, 4 of it
     c.model.shortcut = config_dict.placeholder(str)  # Wide-ResNet: pad|projection
     c.model.width_multiplier = config_dict.placeholder(float)  # MnasNet: of the channels
     c.model.dropout = config_dict.placeholder(float)  # MnasNet: share of features before the last layer
@@ -66,7 +67,7 @@ def default_config() -> ConfigDict:
     c.model.last_stride = config_dict.placeholder(int)  # BoTNet: of the last stage, 1|2
 
     c.data = _group()
-    c.data.name = config_dict.placeholder(str)  # TFDS name, e.g. cifar100, or "digits"
+    c.data.name = config_dict.placeholder(str)  # TFDS name, e.g. cifar100, or "digits", "digit_pairs/far"
     c.data.data_dir = ""  # prepared TFDS sets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
     c.data.train_split = "train"  # any TFDS split expression, e.g. train[:90%]
     c.data.eval_split = "test"

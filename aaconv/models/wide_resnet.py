@@ -57,11 +57,12 @@ class WideResNet(nn.Module):
 
     Attributes:
       blocks_per_stage: ``(depth - 4) / 6``.
-      width: multiplier k of the channels 16, 32, 64.
+      width: multiplier k of the stages' channels, by default 16, 32, 64.
       num_classes: logits.
       stage_convs: what each stage puts in the place of the first 3x3 of its blocks, see `ResNet`.
       block_recalibrations, stage_recalibrations: what stands at the end of the residual branch of the blocks of each
         stage, and after its last block, see `ResNet`.
+      stem_channels: of the first convolution, and of stage 1 before `width` multiplies it.
       shortcut: ``pad``: average pooling and zero channels where a block changes size; ``projection``: a
         strided 1x1 convolution.
       dtype: of activations; parameters are float32.
@@ -77,6 +78,7 @@ class WideResNet(nn.Module):
     stage_convs: Sequence[ModuleDef] | None = None
     block_recalibrations: Sequence[ModuleDef] | None = None
     stage_recalibrations: Sequence[ModuleDef] | None = None
+    stem_channels: int = 16
     shortcut: str = "pad"
     dtype: Any = jnp.float32
     norm_momentum: float = 0.9
@@ -99,7 +101,7 @@ class WideResNet(nn.Module):
         """
         check_images(self, images, stem="conv_stem", stride=4)
         conv, norm = conv_and_norm(train=train, dtype=self.dtype, momentum=self.norm_momentum)
-        x = conv(16, (3, 3), name="conv_stem")(images)
+        x = conv(self.stem_channels, (3, 3), name="conv_stem")(images)
         maps = {"stem": x}
         nothing = (identity,) * 3
         choices = zip(
@@ -112,7 +114,7 @@ class WideResNet(nn.Module):
             injected = partial(stage_conv, **conv.keywords)
             for i in range(self.blocks_per_stage):
                 x = PreActivationBlock(
-                    features=16 * self.width * 2 ** (stage - 1),
+                    features=self.stem_channels * self.width * 2 ** (stage - 1),
                     strides=2 if stage > 1 and i == 0 else 1,
                     conv=injected,
                     plain_conv=conv,
@@ -151,6 +153,7 @@ def wide_resnet(
     extent: int = 0,
     gather: str = "parameter_free",
     recalibration_stages: Sequence[int] | None = None,
+    stem_channels: int = 16,
     shortcut: str = "pad",
     dtype: Any = jnp.float32,
 ) -> WideResNet:
@@ -173,6 +176,8 @@ def wide_resnet(
       attention_ratio: kappa and upsilon alike, instead of both: 0 is the plain network, 1 attends only.
       stages: augmented stages, 1 to 3.
       pooled_stages: augmented stages that attend at half their resolution.
+      stem_channels: of the stem; the stages have ``width`` times 1, 2 and 4 times as many. Parameters can be matched
+        with it in finer steps than with ``width``.
       shortcut: ``pad`` or ``projection``.
       recalibration: ``none``; ``se``, ``ge`` or ``cbam``: a layer on the residual branch of every block; ``bam``: one
         after a stage. It goes with attention as well.
@@ -182,7 +187,7 @@ def wide_resnet(
       dtype: of activations.
 
     Raises:
-      ValueError: a depth that is not 6 n + 4, a width below 1, an unknown shortcut.
+      ValueError: a depth that is not 6 n + 4, a width or a number of channels below 1, an unknown shortcut.
 
     References:
       Bello et al. 2019, 4.1 and table 1.
@@ -190,7 +195,7 @@ def wide_resnet(
     if depth < 10 or (depth - 4) % 6:
         near = max(10, round((depth - 4) / 6) * 6 + 4)
         raise ValueError(f"depth={depth} must be 6 n + 4 with n of at least 1: use {near}, for example")
-    check_sizes(width=width, num_classes=num_classes)
+    check_sizes(width=width, stem_channels=stem_channels, num_classes=num_classes)
     if shortcut not in SHORTCUTS:
         raise ValueError(
             f"shortcut={shortcut!r} is not one of {', '.join(SHORTCUTS)}{close_matches(shortcut, SHORTCUTS)}"
@@ -223,6 +228,7 @@ def wide_resnet(
         ),
         block_recalibrations=block_recalibrations,
         stage_recalibrations=stage_recalibrations,
+        stem_channels=stem_channels,
         shortcut=shortcut,
         dtype=dtype,
     )

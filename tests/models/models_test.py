@@ -188,6 +188,16 @@ def test_a_small_network_learns_and_gradients_are_finite():
     assert step._cache_size() == 1
 
 
+def test_channels_of_the_stem_scale_the_whole_wide_resnet():
+    found = summarise(aaconv.create("wrn", depth=10, width=3, stem_channels=10), (16, 16, 3))
+    outputs = [shape[-1] for _, shape in found.output_shapes if "head" not in _]
+    assert (outputs[0], sorted(set(outputs))) == (10, [10, 30, 60, 120])
+    assert (
+        summarise(aaconv.create("wrn_10_1", stem_channels=32), (16, 16, 3)).output_shapes[1:]
+        == (summarise(aaconv.create("wrn_10_2"), (16, 16, 3)).output_shapes[1:])
+    )
+
+
 def test_the_choice_of_stages_pooling_and_encoding():
     options = dict(stages=(3,), pooled_stages=(3,), position_encoding="coordconv", num_heads=2, upsilon=0.5)
     summary = summarise(aaconv.create("aa_wrn_16_1", **options), (32, 32, 3))
@@ -233,6 +243,7 @@ WRONG_NAMES = [
     ("resnet51", {}, "unknown model 'resnet51'; did you mean 'resnet5?0?"),
     ("wrn_27_10", {}, r"depth=27 must be 6 n \+ 4 .*: use 28"),
     ("wrn", dict(width=0), "width=0 must be at least 1"),
+    ("wrn", dict(stem_channels=0), "stem_channels=0 must be at least 1"),
     ("aa_resnet50", dict(kapa=0.2), "resnet50 has no argument 'kapa'; did you mean 'kappa'"),
     ("wrn_28_10", dict(width=4), r"width=4 is already set by the name 'wrn_28_10'; use wrn with depth="),
     ("aa_resnet50", dict(upsilon=1.5), "upsilon=1.5 must lie between 0"),
