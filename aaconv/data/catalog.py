@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from aaconv.data import digits
+from aaconv.data import own
 from aaconv.errors import close_matches
 
 if TYPE_CHECKING:
@@ -243,8 +243,8 @@ def find(name: str, folder: epath.Path) -> DataFiles:
       ValueError: no such set, or it is not one of labelled uint8 images in array_record.
     """
     version_folder = _find_version(name, folder)
-    if version_folder is None and name.partition(":")[0] == digits.NAME:
-        # The project's own set: 0.1 s to make, so nobody has to ask for it.
+    if version_folder is None and own.is_own(name):
+        # Made in seconds, so nobody has to ask for it.
         prepare(name, os.fspath(folder))
         version_folder = _find_version(name, folder)
     if version_folder is None:
@@ -255,7 +255,7 @@ def find(name: str, folder: epath.Path) -> DataFiles:
 def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
     """Prepares a data set as array_record and returns its folder; does nothing if it is there.
 
-    The digits are made on the spot. Any other set is downloaded and converted by TFDS, which
+    The project's own sets are made on the spot. Any other set is downloaded and converted by TFDS, which
     takes TensorFlow: ``pip install 'aaconv[prepare]'``. Some sets (ImageNet) TFDS cannot
     download; it then says which file to fetch by hand and where to put it.
 
@@ -272,15 +272,13 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
     if present is not None:
         _inspect(present)  # a set that cannot be read is not reported as prepared
         return os.fspath(present)
-    base, _, version = name.partition(":")
-    if base == digits.NAME:
-        if version not in ("", digits.VERSION):
-            raise ValueError(f"data set {name!r} does not exist: the only version is {digits.VERSION}")
-        return digits.prepare(root)
+    if own.is_own(name):
+        return own.prepare(name, root)
+    base = name.partition(":")[0]
     known = _registered()
     if base.partition("/")[0] not in known:
         raise ValueError(
-            f"data set {name!r} is unknown to TFDS{close_matches(base, [*known, digits.NAME]) or ';'} "
+            f"data set {name!r} is unknown to TFDS{close_matches(base, [*known, *own.VERSIONS]) or ';'} "
             "its catalogue lists the names"
         )
     if importlib.util.find_spec("tensorflow") is None:
@@ -312,7 +310,7 @@ def _download_and_prepare(name: str, root: epath.Path) -> str:
 
 def _missing(name: str, folder: epath.Path) -> ValueError:
     present = prepared(folder)
-    known = {*_registered(), digits.NAME}
+    known = {*_registered(), *own.VERSIONS}
     base = name.partition(":")[0]
     here = f"there {'is' if len(present) == 1 else 'are'} {', '.join(present)}" if present else "it has none"
     if base in present or base.partition("/")[0] in known:

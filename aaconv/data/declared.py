@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aaconv.data import catalog, digits
+from aaconv.data import catalog, own
 from aaconv.data.catalog import DatasetInfo
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def declared_info(config: ConfigDict) -> DatasetInfo:
       ValueError: TFDS does not know the set, or not its labels, or it does not fit the config.
     """
     name = config.data.name
-    if name.partition(":")[0] == digits.NAME:
-        builder = digits.builder(catalog.locate(config))
+    if own.is_own(name):
+        builder = own.builder(name, catalog.locate(config))
     else:
         builder = _code(name)
     files = catalog.describe(builder)

@@ -8,50 +8,43 @@ are scaled to uint8 as ``round(255 * count / 16)``. A fixed permutation puts 1,4
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 NAME = "digits"
 VERSION = "1.0.0"
 NUM_TEST = 360
 
 
-def prepare(root: os.PathLike[str]) -> str:
-    """Makes the data set in ``root/digits/1.0.0`` and returns that folder.
+class Digits(NamedTuple):
+    """All of scikit-learn's digits.
 
-    It is made in a folder of its own and moved into place in one step, so several processes
-    may do this at once and nobody sees half a data set.
-
-    Raises:
-      ValueError: `root` cannot be written.
+    Attributes:
+      images: uint8 ``(n, 8, 8)``.
+      labels: ``(n,)``, 0 to 9.
+      splits: indices of each split, in its order.
     """
-    root = Path(root)
-    home = root / NAME / VERSION
-    if (home / "dataset_info.json").exists():
-        return str(home)
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".digits-", dir=root))
-    except OSError as error:
-        raise ValueError(
-            f"the digits cannot be prepared in {root}: {error.strerror or error}; set data.data_dir or "
-            "TFDS_DATA_DIR to a folder that can be written"
-        ) from error
-    try:
-        made = write(builder(scratch))
-        try:
-            os.rename(made, home)
-        except OSError:
-            # Another process was first: its files are the same as ours.
-            if not (home / "dataset_info.json").exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return str(home)
+
+    images: np.ndarray
+    labels: np.ndarray
+    splits: dict[str, np.ndarray]
+
+
+@functools.cache
+def load() -> Digits:
+    """Returns all images, their labels and the split; not to be written to."""
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    images = np.round(found.images * (255 / 16)).astype(np.uint8)
+    # RandomState, because its streams are frozen for good; a Generator's are not.
+    order = np.random.RandomState(0).permutation(len(images))
+    return Digits(images, found.target, {"train": order[:-NUM_TEST], "test": order[-NUM_TEST:]})
 
 
 def write(made: Any) -> Path:
@@ -73,12 +66,10 @@ def write(made: Any) -> Path:
 def builder(root: os.PathLike[str]) -> Any:
     """Returns the TFDS builder of the digits, whose files lie or will lie below `root`."""
     # Inside a function because a builder's base class takes importing tensorflow_datasets.
-    import numpy as np
     import tensorflow_datasets as tfds
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class DigitsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Handwritten digits, 8x8, ten classes."""
 
         name = NAME
@@ -108,18 +99,12 @@ def builder(root: os.PathLike[str]) -> Any:
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            digits: Any = load_digits()
-            # RandomState, because its streams are frozen for good; a Generator's are not.
-            order = np.random.RandomState(0).permutation(len(digits.target))
-            return {
-                "train": self._generate_examples(digits, order[:-NUM_TEST]),
-                "test": self._generate_examples(digits, order[-NUM_TEST:]),
-            }
+            return {split: self._generate_examples(order) for split, order in load().splits.items()}
 
-        def _generate_examples(self, digits: Any, order: Any) -> Any:
+        def _generate_examples(self, order: Any) -> Any:
+            images, labels, _ = load()
             for key, index in enumerate(order):
-                pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
                 # TFDS encodes arrays with TensorFlow, but Pillow images without it.
-                yield key, {"image": Image.fromarray(pixels), "label": int(digits.target[index])}
+                yield key, {"image": Image.fromarray(images[index]), "label": int(labels[index])}
 
-    return Digits(data_dir=os.fspath(root), file_format="array_record")
+    return DigitsBuilder(data_dir=os.fspath(root), file_format="array_record")

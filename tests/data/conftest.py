@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from aaconv.config import ConfigDict, default_config
-from aaconv.data import digits
+from aaconv.data import own
 
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with the digits prepared in it, not to be written to."""
     folder = tmp_path_factory.mktemp("digits")
-    digits.prepare(folder)
+    own.prepare("digits", folder)
     return str(folder)
 
 

@@ -52,7 +52,7 @@ def test_they_are_prepared_on_first_use_wherever_the_environment_says(
 
 
 def test_several_processes_may_prepare_them_at_once(tmp_path: Path):
-    code = "import sys; from aaconv.data import digits; sys.stdin.read(); print(digits.prepare(sys.argv[1]))"
+    code = "import sys; from aaconv.data import own; sys.stdin.read(); print(own.prepare('digits', sys.argv[1]))"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
