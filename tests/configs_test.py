@@ -11,6 +11,7 @@ import pytest
 from aaconv import config as config_lib, optim, train
 from aaconv.data.declared import declared_info
 from aaconv.models.summary import count_parameters
+from aaconv.sweep import description
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -21,6 +22,9 @@ EVERY = {
     "flowers.py": None,
     "cifar100_small.py:plain": None,
     "cifar100_small.py:aa": None,
+    "cifar100_small_sweep.py": None,
+    "digit_pairs.py:near": None,
+    "digit_pairs_sweep.py": None,
     "cifar100_wrn_28_10.py": "36.3",
     "cifar100_aa_wrn_28_10.py": "36.05",
     "imagenet_resnet.py:resnet34": "21.8",
@@ -37,6 +41,8 @@ EVERY = {
     "imagenet_resnet.py:resnet152": "60.2",
     "imagenet_resnet.py:aa_resnet152": "61.614",
     "imagenet_resnet.py:se_resnet152": "66.8",
+    "paper_cifar100_sweep.py:attention_ratio": "33.9",
+    "paper_imagenet_sweep.py:attention_ratio": "24.304",
     "imagenet_mnasnet.py:mnasnet_a1_0_75": "2.91",
     "imagenet_mnasnet.py:aa_mnasnet_a1_0_75": "3.02",
     "imagenet_mnasnet.py:mnasnet_a1": "3.89",
@@ -52,8 +58,8 @@ def test_none_is_left_out():
     assert {p.name for p in CONFIGS.glob("*.py")} == {name.partition(":")[0] for name in EVERY}
 
 
-# Further arguments of a file of which others are always built.
-LONG = ("_0_75", "_1_25", "_1_4", "resnet101", "resnet152")
+# Further arguments of a file of which others are always built, and sweeps over networks that are.
+LONG = ("_0_75", "_1_25", "_1_4", "resnet101", "resnet152", "_sweep.py:attention_ratio")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +103,34 @@ def test_builds(name, parameters):
     )
 
 
+# Sweeps, how many trials they have, and their parameters in millions, in order, where the paper has them.
+SWEEPS = {
+    "cifar100_small_sweep.py": (12, None),
+    "digit_pairs_sweep.py": (30, None),
+    "paper_imagenet_sweep.py:attention_ratio": (9, "25.6 24.3 24.3 22.3 22.3 20.7 20.7 19.4 19.4"),
+    "paper_imagenet_sweep.py:position_encodings": (4, "25.8 25.8 25.8 25.8"),
+    "paper_imagenet_sweep.py:heads": (4, None),
+    "paper_cifar100_sweep.py:attention_ratio": (27, None),
+    "paper_cifar100_sweep.py:position_encodings": (12, None),
+    "paper_cifar100_sweep.py:heads": (12, None),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "paper" in name else []) for name in SWEEPS]
+)
+def test_every_trial_of_a_sweep_can_be_run(name):
+    path, (count, parameters) = str(CONFIGS / name), SWEEPS[name]
+    function = config_lib.sweep_function(path)
+    assert function is not None
+    trials, invalid = description.describe(
+        config_lib.load(path), description.from_function(function, path), check_devices=False, need_data=False
+    )
+    assert not invalid and len(trials) == count
+    if parameters is not None:
+        assert " ".join(f"{trial.parameters / 1e6:.1f}" for trial in trials) == parameters
+
+
 def test_recalibration_is_set_by_key_or_by_name():
     def build(*overrides, file="imagenet_resnet.py:aa_resnet50"):
         return train.build_model(config_lib.load(str(CONFIGS / file), overrides), 1000)
@@ -126,10 +160,18 @@ def test_augmented_mnasnet_starts_at_half_the_rate_of_the_plain_one_and_ends_at_
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar100_small.py:both", "imagenet_resnet.py:resnet18", "imagenet_mnasnet.py:mnasnet_a1_0_5"]
+    "name",
+    [
+        "cifar100_small.py:both",
+        "digit_pairs.py:far_away",
+        "imagenet_resnet.py:resnet18",
+        "imagenet_mnasnet.py:mnasnet_a1_0_5",
+        "paper_imagenet_sweep.py:head",
+        "paper_cifar100_sweep.py:head",
+    ],
 )
 def test_an_argument_that_does_not_exist_is_refused(name):
-    with pytest.raises(ValueError, match="takes .*not '(both|resnet18|mnasnet_a1_0_5)'"):
+    with pytest.raises(ValueError, match="takes .*not '(both|far_away|resnet18|mnasnet_a1_0_5|head)'"):
         config_lib.load(str(CONFIGS / name))
 
 
