@@ -239,20 +239,35 @@ def by_hand(params, images, labels, groups: int):
     return jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("sharing, groups", [(-1, 1), (1, 8), (2, 4), (4, 2)])
-def test_batch_norm_takes_its_statistics_from_the_devices_that_share_them(sharing, groups):
-    run = make_run(Net(), 4, batch_norm_devices=sharing)
+@pytest.mark.parametrize(
+    "mesh, groups, parts",
+    [
+        ({"batch_norm_devices": -1}, 1, 1),
+        ({"batch_norm_devices": 1}, 8, 1),
+        ({"batch_norm_devices": 2}, 4, 1),
+        ({"batch_norm_devices": 4}, 2, 1),
+        ({"fsdp": 2, "spatial": 2, "batch_norm_devices": 2}, 2, 2),
+    ],
+    ids=str,
+)
+def test_batch_norm_takes_its_statistics_from_the_devices_that_share_them(mesh, groups, parts):
+    run = make_run(Net(), 4, accumulate_steps=parts, **mesh)
     before = jax.device_get(train.fresh_state(run).params)
     state, loss = step(run)
     batch = make_batch(4)
+    mean, var, losses, gradients = np.zeros(6), np.ones(6), [], []
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), before)
-        (expected, (mean, var)), gradients = by_hand(wide, batch["image"].astype(np.float64), batch["label"], groups)
-        after = jax.tree.map(lambda x, g: np.asarray(x - 0.1 * g), wide, gradients)
-        expected, mean, var = float(expected), np.asarray(mean), np.asarray(var)
-    assert loss == pytest.approx(expected, rel=1e-6)
-    np.testing.assert_allclose(state.batch_stats["norm"]["mean"], 0.1 * mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(state.batch_stats["norm"]["var"], 0.9 + 0.1 * var, rtol=1e-5)
+        for part in range(parts):  # one after another, each of every device's examples
+            images, labels = batch["image"][part::parts].astype(np.float64), batch["label"][part::parts]
+            (found, (of_part, spread)), gradient = by_hand(wide, images, labels, groups)
+            mean, var = 0.9 * mean + 0.1 * np.asarray(of_part), 0.9 * var + 0.1 * np.asarray(spread)
+            losses.append(float(found))
+            gradients.append(gradient)
+        after = jax.tree.map(lambda x, *g: np.asarray(x - 0.1 * sum(g) / parts), wide, *gradients)
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+    np.testing.assert_allclose(state.batch_stats["norm"]["mean"], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.batch_stats["norm"]["var"], var, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), state.params, after)
 
 
@@ -280,6 +295,23 @@ def on_one_device() -> tuple[train.TrainState, float]:
 def test_a_step_is_the_same_however_it_is_divided(on_one_device, mesh):
     state, loss = step(make_run(augmented(), SIDE, **mesh))
     assert_same((state, loss), on_one_device, 3e-5)
+
+
+def test_groups_and_parts_of_a_batch_with_divided_weights_and_rows():
+    """All of the mesh at once: as on two devices, one a group, where weights and rows are whole."""
+
+    class Small(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train: bool):
+            x = AAConv(8, (3, 3), strides=2, kappa=0.5, upsilon=0.5, num_heads=2, name="augmented")(x)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+            x = nn.Conv(16, (3, 3), name="conv")(nn.relu(x))
+            return nn.Dense(CLASSES, name="head")(x.mean(axis=(-3, -2)))
+
+    settings = {"batch_norm_devices": 1, "accumulate_steps": 2}
+    plain = step(make_run(Small(), 16, devices=2, **settings))
+    divided = step(make_run(Small(), 16, fsdp=2, spatial=2, **settings | {"batch_norm_devices": 2}))
+    assert_same(divided, plain, 3e-5)
 
 
 def test_weights_and_their_moments_are_divided():
