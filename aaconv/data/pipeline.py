@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 
 from aaconv.data import augment, catalog, images
 from aaconv.data.catalog import DataFiles, DatasetInfo, Examples
@@ -219,16 +218,18 @@ def train_input(config: ConfigDict, process_index: int = 0, process_count: int =
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     placement = _placement(config, files, shape, len(examples))
+    order = _Order(len(examples), config.seed)
     resident = None
     if placement == "workers":
-        order = grain.MapDataset.range(len(examples)).seed(config.seed).shuffle()[: steps * config.batch_size]
+        places = grain.MapDataset.range(steps * config.batch_size).seed(config.seed)
+        shuffled = places.map_with_index(_Blocks(order, len(places), 1)).map(lambda block: int(block[0]))
         cut = _TrainCut(examples, shape, config) if config.data.augment.random_resized_crop else None
-        decoded = order.random_map(cut) if cut else order.map(_EvalCut(examples, shape, _share(config, files)))
+        decoded = shuffled.random_map(cut) if cut else shuffled.map(_EvalCut(examples, shape, _share(config, files)))
         batches = decoded.batch(local)
     else:
         arrays = _decode_all(_EvalCut(examples, shape, _share(config, files)), shape)
         blocks = grain.MapDataset.range(steps * process_count)
-        batches = blocks.map_with_index(_Block(len(examples), len(blocks), local, config.seed))
+        batches = blocks.map_with_index(_Blocks(order, len(blocks), local))
         if placement == "device":
             resident = arrays
             batches = batches.map(lambda index: {"index": index})
@@ -306,24 +307,39 @@ def preprocess_image(config: ConfigDict, image: np.ndarray, info: DatasetInfo | 
     return images.resize_central(image, (info.image_shape[0], info.image_shape[1]), share=share)
 
 
-class _Block:
-    """Maps the number of a block, counted on over all epochs, to the indices of its examples.
+class _Order:
+    """The order of the examples in each epoch: a permutation of all, drawn from the seed and the epoch.
 
-    They are those of ``range(num_examples).seed(seed).shuffle()`` in grain, batched, whose every element passes through
-    as many Python calls as there are datasets in the chain: 1.4 ms a batch of 128, which a small network's step
-    on a CPU feels. Where images are decoded nothing would feel it.
+    Not grain's shuffle. It works out each example's place by itself, so as to keep no list, by a cipher on 16 bits that
+    is repeated until it falls within the set: 13 us for one of 1,437 examples, 0.9 ms a batch of 64 (grain 0.2.18, on
+    an Intel Xeon), which a small network's step on a CPU feels. The list of ImageNet is 5 MB.
     """
 
-    def __init__(self, num_examples: int, num_blocks: int, size: int, seed: int):
-        self.num_examples, self.num_blocks, self.size = num_examples, num_blocks, size
-        # What grain makes of a seed that is set one dataset before the shuffle.
-        self.seed = int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint32)[0])
+    def __init__(self, num_examples: int, seed: int):
+        self._num_examples, self._seed = num_examples, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """Returns the indices of the examples, int32 ``(num_examples,)``."""
+        order = self._epochs.get(epoch)
+        if order is None:
+            generator = np.random.Generator(np.random.PCG64((self._seed, epoch)))
+            order = generator.permutation(np.arange(self._num_examples, dtype=np.int32))
+            # With the one before: where threads read ahead they are in both for a while.
+            before = {e: found for e, found in self._epochs.items() if e == epoch - 1}
+            self._epochs = before | {epoch: order}
+        return order
+
+
+class _Blocks:
+    """Maps the number of a block, counted on over all epochs, to the indices of its examples, int32 ``(size,)``."""
+
+    def __init__(self, order: _Order, num_blocks: int, size: int):
+        self._order, self._num_blocks, self._size = order, num_blocks, size
 
     def __call__(self, index: int, _: int) -> np.ndarray:
-        epoch, block = divmod(index, self.num_blocks)
-        places = range(block * self.size, (block + 1) * self.size)
-        seed, last = (self.seed + epoch) % 2**32, self.num_examples - 1
-        return _indices([index_shuffle(place, max_index=last, seed=seed, rounds=4) for place in places])
+        epoch, block = divmod(index, self._num_blocks)
+        return self._order(epoch)[block * self._size : (block + 1) * self._size]
 
 
 class _EvalCut:
