@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -458,10 +459,20 @@ def train(
         empty_window = jax.jit(Window.empty, out_shardings=replicated)
         is_finite = jax.jit(all_finite)
         learning_rate = jax.jit(plan.learning_rate)
-        evaluator = Evaluator(run)
         step_fn: Callable[..., Any] | None = None
         in_flight: collections.deque[Array] = collections.deque()
         step = checked = start
+
+        @contextlib.contextmanager
+        def compiling(what: str) -> Iterator[None]:
+            before = clock.now
+            progress.note(f"compiling {what} ...")
+            clock.turn_to(Doing.COMPILING, step + 1)
+            yield
+            progress.note(f"compiled {what} in {clock.elapsed():.1f} s")
+            clock.turn_to(before.doing, before.step)
+
+        evaluator = Evaluator(run, compiling)
 
         def check_finite() -> None:
             nonlocal checked
@@ -492,9 +503,11 @@ def train(
 
         def evaluate_here() -> None:
             clock.turn_to(Doing.EVALUATING, step)
+            before = clock.seconds(Doing.EVALUATING)
             values = evaluator(state.variables(), interrupted=lambda: signals.caught is not None)
             if values is not None:
-                values = {"epoch": plan.epoch(step), **values, "perf/evaluation_seconds": clock.elapsed()}
+                seconds = clock.seconds(Doing.EVALUATING) - before
+                values = {"epoch": plan.epoch(step), **values, "perf/evaluation_seconds": seconds}
                 log.write(step, values)
                 saver.record(step, values)
                 progress.show(step, values)
@@ -517,10 +530,8 @@ def train(
             clock.turn_to(Doing.INPUT if step_fn else Doing.FIRST_INPUT, step + 1)
             batch = parallel.to_global(next(iterator), split, shares)
             if step_fn is None:
-                progress.note("compiling the step ...")
-                clock.turn_to(Doing.COMPILING, step + 1)
-                step_fn = compile_step(run, state, batch, resident)
-                progress.note(f"compiled the step in {clock.elapsed():.1f} s")
+                with compiling("the step"):
+                    step_fn = compile_step(run, state, batch, resident)
                 if asked_to_stop(signals, step - start):
                     raise Preempted(f"stopped by {signals.name} at step {step}, before a new one; run it again")
             clock.turn_to(Doing.STEPPING, step + 1)
@@ -622,10 +633,19 @@ def compile_step(run: Run, state: TrainState, batch: Any, resident: Any) -> Call
 
 
 class Evaluator:
-    """Runs the evaluation set; compiles once."""
+    """Runs the evaluation set; compiles once.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    Args:
+      run: whose ``eval`` it runs.
+      compiling: entered with what is compiled, while it is.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        compiling: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
+    ) -> None:
+        self._run, self._compiling, self._compiled = run, compiling, False
         self._replicated, self._split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
         self.step = jax.jit(
             functools.partial(eval_step, run=run),
@@ -644,7 +664,10 @@ class Evaluator:
             # With several processes all must do the same number of batches.
             if jax.process_count() == 1 and interrupted():
                 return None
-            totals = self.step(variables, totals, parallel.to_global(batch, self._split, shares))
+            batch = parallel.to_global(batch, self._split, shares)
+            with contextlib.nullcontext() if self._compiled else self._compiling("the evaluation"):
+                totals = self.step(variables, totals, batch)
+            self._compiled = True
         if not float(totals.count):
             raise ValueError(
                 f"data.eval_split={self._run.config.data.eval_split!r} of {self._run.config.data.name!r} holds no "
@@ -865,14 +888,24 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluates a workdir's network on ``data.eval_split``; arguments and errors as of `restore`.
 
+    Says through ``note`` when it compiles, too.
+
     Returns:
       ``step``, ``eval/loss``, ``eval/accuracy``, ``eval/top5``, over each example exactly once.
     """
+
+    @contextlib.contextmanager
+    def compiling(what: str) -> Iterator[None]:
+        note(f"compiling {what} ...")
+        began = time.monotonic()
+        yield
+        note(f"compiled {what} in {time.monotonic() - began:.1f} s")
+
     run = hosts.together(lambda: build(config, model, data, training=False))
     _check_hosts_alike(config)
     with hosts.Watch():
         restored = _restore(config, workdir, which, run.model, run.info, run.mesh, note)
-        values = Evaluator(run)(restored.variables)
+        values = Evaluator(run, compiling)(restored.variables)
     assert values is not None
     return {"step": restored.step, **values}
 

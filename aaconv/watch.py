@@ -44,12 +44,22 @@ NVIDIA's data sheets of the A100, H100 and H200. A device that is not here has n
 """
 
 
+HBM_BANDWIDTH: Mapping[str, float] = {
+    "TPU v4": 1200e9,
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), 819e9),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), 2765e9),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 1640e9),
+}
+"""Bytes a second between a chip's HBM and its cores, peak, as Google Cloud's pages gave them until 2025 ("HBM bandwidth
+per chip"; newer readings of the pages round those of v5e and v6e to 800 and 1600 GB/s)."""
+
+
 class Doing(enum.Enum):
     """An activity of a run, in words that say which step it is for."""
 
     STARTING = "starting"
     FIRST_INPUT = "waiting for the first input, of step {step}"
-    COMPILING = "compiling the step"
+    COMPILING = "compiling"
     INPUT = "waiting for the input of step {step}"
     STEPPING = "step {step} on the devices"
     EVALUATING = "evaluating step {step}"
@@ -109,6 +119,11 @@ class Clock:
         """Returns the seconds since the present activity began."""
         return time.monotonic() - self.now.since
 
+    def seconds(self, doing: Doing) -> float:
+        """Returns the seconds that an activity took since the clock was made."""
+        self.turn_to(self.now.doing, self.now.step)
+        return self._seconds[doing]
+
     def rates(self, step: int) -> dict[str, float]:
         """Returns what is logged under ``perf/``, of the time since the last call.
 
@@ -122,8 +137,8 @@ class Clock:
           ``perf/steps_per_sec``, ``perf/images_per_sec``, ``perf/images_per_sec_per_chip``;
           ``perf/mfu``, the model FLOPs utilisation: FLOPs of the steps done in that time as a share of what the chips'
           peak allows, absent where no peak is known; ``perf/input_wait_share``, of the loop's time;
-          ``perf/checkpoint_seconds`` for which saving held up the loop; and ``perf/compile_seconds`` where the
-          step was compiled.
+          ``perf/checkpoint_seconds`` for which saving held up the loop; and ``perf/compile_seconds`` where
+          something was compiled.
         """
         self.turn_to(self.now.doing, self.now.step)
         seconds = {doing: total - self._read[doing] for doing, total in self._seconds.items()}
@@ -153,7 +168,7 @@ class Clock:
             "waiting for input": Doing.INPUT,
             "evaluating": Doing.EVALUATING,
             "saving": Doing.SAVING,
-            "compiling the step": Doing.COMPILING,
+            "compiling": Doing.COMPILING,
             "writing a trace": Doing.PROFILING,
         }
         seconds = {word: self._seconds[doing] for word, doing in words.items() if self._seconds[doing]}

@@ -232,7 +232,8 @@ def test_a_run_learns_and_logs(undisturbed):
     assert set(evaluated[0]) == {
         "step", "epoch", "eval/loss", "eval/accuracy", "eval/top5", "perf/evaluation_seconds"
     }  # fmt: skip
-    assert "perf/compile_seconds" not in logged[1]
+    # The step is compiled before the first row, the evaluation at step 3.
+    assert ["perf/compile_seconds" in row for row in logged] == [True, True, False, False, False, False]
     assert evaluated[-1]["eval/top5"] == 1.0
     # The rate of the update that made the step: the first of two logged is that of step 1.
     assert logged[0]["optim/learning_rate"] == pytest.approx(0.05 * (1 + math.cos(math.pi / 12)), rel=1e-6)
@@ -240,7 +241,12 @@ def test_a_run_learns_and_logs(undisturbed):
 
 
 def test_one_device_and_eight_give_the_same_losses(undisturbed, tmp_path):
-    run(tmp_path, mesh__data=1)
+    recorder = Recorder()
+    run(tmp_path, mesh__data=1, progress=recorder)
+    assert [note for note in recorder.notes if note.startswith("compiling")] == [
+        "compiling the step ...",
+        "compiling the evaluation ...",
+    ]
     for one, eight in zip(rows(tmp_path), rows(undisturbed), strict=True):
         assert one == pytest.approx(eight, rel=3e-6)
 
@@ -322,7 +328,9 @@ def test_evaluation_sees_each_example_once_and_uses_the_averages(undisturbed):
     image, label = (x[:40] for x in examples().values())
     logits = restored.model.apply(restored.variables, jnp.asarray(image, jnp.float32) / 255 - 0.5, train=False)
     losses = -jax.nn.log_softmax(logits)[np.arange(40), label]
-    values = train.evaluate(config, undisturbed, model=Net(), data=source())
+    notes = []
+    values = train.evaluate(config, undisturbed, model=Net(), data=source(), note=notes.append)
+    assert notes[0] == "compiling the evaluation ..." and notes[1].startswith("compiled the evaluation in ")
     assert values["eval/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert values["eval/accuracy"] == pytest.approx(float((logits.argmax(-1) == label).mean()))
     assert values["step"] == 12

@@ -32,8 +32,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     from aaconv import hosts, train
 
     hosts.let_sigterm_end()
-    values = train.evaluate(config, workdir, which=arguments.checkpoint, note=say)
-    if is_first_process():
+    first = is_first_process()
+    note = say if first else lambda text: None
+    values = train.evaluate(config, workdir, which=arguments.checkpoint, note=note)
+    if first:
         print_pairs(
             [
                 ("checkpoint", os.path.join(workdir, "checkpoints", str(values["step"]))),
