@@ -8,13 +8,12 @@ command again. What is written here does that wherever the machine lets it.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from aaconv.errors import close_matches
+from aaconv.slices import Slice
 
 SAVED = 75
 
@@ -141,75 +140,33 @@ def slurm(
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """A generation of TPUs: how Cloud TPU and Kubernetes Engine name it, and the slices there are."""
+    """A generation of TPUs: how Cloud TPU and Kubernetes Engine name it."""
 
     accelerator: str  # of Cloud TPU, before the number
     cores_per_chip: int  # what that number counts
     runtime: str
     gke: str
     machine: str
-    topologies: Sequence[str]
 
 
-_FLAT = tuple("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split())
-_CUBES = tuple("2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16".split())
-# https://cloud.google.com/tpu/docs/supported-tpu-configurations
-# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
+# https://cloud.google.com/tpu/docs/runtimes
 _KINDS = {
-    "v4": _Kind("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu", _CUBES),
-    "v5e": _Kind("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu", _FLAT),
-    "v5p": _Kind("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu", (*_CUBES, "16x16x16", "16x16x24")),
-    "v6e": _Kind("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard", _FLAT),
+    "v4": _Kind("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu"),
+    "v5e": _Kind("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu"),
+    "v5p": _Kind("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu"),
+    "v6e": _Kind("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard"),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A TPU slice by its generation and topology, as in ``v5e:4x4``.
+def accelerator_type(found: Slice) -> str:
+    """Returns Cloud TPU's name of a slice; its number counts chips for v5e and v6e and TensorCores for v4 and v5p.
 
     Example:
-      >>> found = Slice.parse("v5p:2x2x2")
-      >>> found.chips, found.hosts, found.chips_per_host, found.accelerator_type
-      (8, 2, 4, 'v5p-16')
+      >>> accelerator_type(Slice.parse("v5p:2x2x2"))
+      'v5p-16'
     """
-
-    kind: str
-    topology: str
-
-    @classmethod
-    def parse(cls, text: str) -> Slice:
-        """Reads ``KIND:TOPOLOGY``.
-
-        Raises:
-          ValueError: there is no such slice; the message lists those there are.
-        """
-        kind, _, topology = text.partition(":")
-        if kind not in _KINDS:
-            near = close_matches(kind, _KINDS) or f": the kinds are {', '.join(_KINDS)}"
-            raise ValueError(f"--topology {text!r} names no TPU{near}; write it as v5e:4x4")
-        known = _KINDS[kind].topologies
-        if topology not in known:
-            raise ValueError(f"--topology {text!r}: {kind} has no slice {topology!r}, but {', '.join(known)}")
-        return cls(kind, topology)
-
-    @property
-    def chips(self) -> int:
-        return math.prod(map(int, self.topology.split("x")))
-
-    @property
-    def chips_per_host(self) -> int:
-        """4, but one host holds all of a flat slice of eight."""
-        return self.chips if self.chips <= 8 and self.kind in ("v5e", "v6e") else 4
-
-    @property
-    def hosts(self) -> int:
-        return self.chips // self.chips_per_host
-
-    @property
-    def accelerator_type(self) -> str:
-        """Cloud TPU's name, whose number counts chips for v5e and v6e and TensorCores, two a chip, for v4 and v5p."""
-        kind = _KINDS[self.kind]
-        return f"{kind.accelerator}-{self.chips * kind.cores_per_chip}"
+    kind = _KINDS[found.generation]
+    return f"{kind.accelerator}-{found.chips * kind.cores_per_chip}"
 
 
 def gke(
@@ -251,7 +208,7 @@ def gke(
     import yaml  # comes with flax
 
     found = Slice.parse(topology)
-    kind = _KINDS[found.kind]
+    kind = _KINDS[found.generation]
     name = _resource_name(name, training.name())
     machine = f"{kind.machine}-{found.chips_per_host}t"
     selector = {
@@ -362,8 +319,8 @@ def tpu_vm(
     _check_line("zone", zone)
     gcloud = ["gcloud", "compute", "tpus"]
     where = f"--zone={zone}"
-    runtime = runtime or _KINDS[found.kind].runtime
-    kind = f"--accelerator-type={found.accelerator_type}"
+    runtime = runtime or _KINDS[found.generation].runtime
+    kind = f"--accelerator-type={accelerator_type(found)}"
     if spot:
         queue = [*gcloud, "queued-resources"]
         create = [*queue, "create", name, f"--node-id={name}", where, kind, f"--runtime-version={runtime}", "--spot"]
@@ -382,7 +339,7 @@ def tpu_vm(
     file, colon, argument = training.config.partition(":")
     there = dataclasses.replace(training, config=file.rpartition("/")[2] + colon + argument)
     steps = [
-        (f"{found.kind} {found.topology}: {_count(found.chips, 'chip')}, {_count(found.hosts, 'host')}", create),
+        (f"{found.generation} {found.topology}: {_count(found.chips, 'chip')}, {_count(found.hosts, 'host')}", create),
         ("Go on when this prints ACTIVE", wait),
         (
             "Install on every host",

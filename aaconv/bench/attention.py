@@ -19,7 +19,7 @@ from aaconv import ops
 from aaconv.bench import ahead, program, report, timing, tpu_peers
 from aaconv.bench.program import Inputs, Program, Shape
 from aaconv.errors import close_matches
-from aaconv.watch import PEAK_FLOPS
+from aaconv.watch import HBM_BANDWIDTH, PEAK_FLOPS
 
 BASELINE = "skew"
 TORCH_PEERS = {
@@ -58,10 +58,10 @@ class Chip:
     exponentials: float | None = None
 
 
-# By `jax.Device.device_kind`: https://cloud.google.com/tpu/docs/v5e and .../v6e.
+# By `jax.Device.device_kind`.
 CHIPS = {
-    "TPU v5 lite": Chip(819e9, PEAK_FLOPS["TPU v5 lite"]["bfloat16"] / 2, 1024 * 1.5e9),  # 8 x 128 lanes, one a cycle
-    "TPU v6 lite": Chip(1640e9, PEAK_FLOPS["TPU v6 lite"]["bfloat16"] / 2),
+    kind: Chip(HBM_BANDWIDTH[kind], PEAK_FLOPS[kind]["bfloat16"] / 2, exponentials)
+    for kind, exponentials in {"TPU v5 lite": 1024 * 1.5e9, "TPU v6 lite": None}.items()  # 8 x 128 lanes, one a cycle
 }
 
 MOST_BYTES = 10**12  # of the inputs of what is compiled without being run

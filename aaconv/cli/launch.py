@@ -162,9 +162,9 @@ def _need(arguments: argparse.Namespace, **examples: str) -> None:
 
 
 def _warn_of_own_disks(arguments: argparse.Namespace, slices: int = 1) -> None:
-    from aaconv import launch
+    from aaconv.slices import Slice
 
-    hosts = launch.Slice.parse(arguments.topology).hosts * slices
+    hosts = Slice.parse(arguments.topology).hosts * slices
     if "://" not in arguments.workdir:
         say(
             f"warning: --workdir {arguments.workdir} must be a disk that outlives the machines"

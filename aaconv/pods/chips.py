@@ -1,4 +1,4 @@
-"""TPU generations, their published figures, and the slices they come in.
+"""TPU generations, their published figures, and how the chips of a slice are joined.
 
 References:
   Google Cloud TPU documentation, https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, read in November 2026.
@@ -10,11 +10,8 @@ References:
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 
-from aaconv import watch
-from aaconv.errors import close_matches
+from aaconv import slices, watch
 
 HOP_SECONDS = 0.5e-6
 """From a chip to its neighbour, for the smallest message; the book gives it for v5e."""
@@ -33,8 +30,6 @@ class Chip:
       link: bytes a second that one link to a neighbour carries each way, peak.
       axes: of the network between chips.
       cores: devices that the compiler takes a chip for.
-      layouts: of slices that can be had, chips along each axis.
-      cube: whether other slices, made of whole cubes of 4 x 4 x 4 chips, can be had too, up to the last layout's size.
     """
 
     name: str
@@ -45,8 +40,6 @@ class Chip:
     link: float
     axes: int
     cores: int
-    layouts: tuple[tuple[int, ...], ...]
-    cube: bool = False
 
     @property
     def device(self) -> str:
@@ -54,36 +47,22 @@ class Chip:
         return "chip" if self.cores == 1 else "core"
 
 
-def _peak(kind: str) -> float:
-    return watch.PEAK_FLOPS[kind]["bfloat16"]
+def _chip(name: str, memory: int, usable: float, link: float, axes: int, cores: int = 1) -> Chip:
+    kind = f"TPU {name}"
+    bandwidth = watch.HBM_BANDWIDTH[kind]
+    return Chip(name, memory, int(usable), watch.PEAK_FLOPS[kind]["bfloat16"], bandwidth, link, axes, cores)
 
 
 _GIB = 2**30
-_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_SOLID = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
-_SOLID += ((8, 16, 16),)
 CHIPS = {
     chip.name: chip
     for chip in (
         # The links' rates: 400 and 800 GB/s over 4 ports both ways, 1200 GB/s over 6; of v4, 50 GB/s from the paper.
         # v4: two cores of half the memory each. On Cloud TPUs they are joined to one device, here they are not.
-        Chip(
-            "v4", 32 * _GIB, int(30.5 * _GIB), _peak("TPU v4"), 1200e9, 50e9, 3, 2, (*_SOLID, (16, 16, 16)), cube=True
-        ),
-        Chip("v5e", 16 * 10**9, int(15.75 * _GIB), _peak("TPU v5e"), 819e9, 50e9, 2, 1, _FLAT),
-        Chip(
-            "v5p",
-            95 * _GIB,
-            int(95.73 * _GIB),
-            _peak("TPU v5p"),
-            2765e9,
-            100e9,
-            3,
-            1,
-            (*_SOLID, (16, 16, 24)),
-            cube=True,
-        ),
-        Chip("v6e", 32 * 10**9, int(31.24 * _GIB), _peak("TPU v6e"), 1638e9, 100e9, 2, 1, _FLAT),
+        _chip("v4", 32 * _GIB, 30.5 * _GIB, link=50e9, axes=3, cores=2),
+        _chip("v5e", 16 * 10**9, 15.75 * _GIB, link=50e9, axes=2),
+        _chip("v5p", 95 * _GIB, 95.73 * _GIB, link=100e9, axes=3),
+        _chip("v6e", 32 * 10**9, 31.24 * _GIB, link=100e9, axes=2),
     )
 }
 
@@ -112,18 +91,16 @@ class Slice:
 
     @property
     def name(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.layout))}"
+        return slices.Slice(self.chip.name, self.layout).name
 
     @property
     def chips(self) -> int:
-        return math.prod(self.layout)
+        return slices.Slice(self.chip.name, self.layout).chips
 
     @property
     def hosts(self) -> int:
-        """Virtual machines: four chips each, or all of them in slices of up to eight v5e or v6e chips."""
-        if self.chip.axes == 2 and self.chips <= 8:
-            return 1
-        return max(1, self.chips // 4)
+        """Virtual machines."""
+        return slices.Slice(self.chip.name, self.layout).hosts
 
     def closed(self, axis: int) -> bool:
         """Whether the last chip along an axis is joined to the first: whole pods' axes, and those of whole cubes."""
@@ -148,40 +125,14 @@ class Slice:
 
 
 def parse_topology(text: str) -> Slice:
-    """Reads ``GENERATION:LAYOUT``.
+    """Reads ``GENERATION:LAYOUT``; errors as of `aaconv.slices.Slice.parse`.
 
     Args:
       text: e.g. ``v5e:16x16``.
 
-    Raises:
-      ValueError: no such slice can be had; the message lists those that can.
-
     Example:
-      >>> found = parse_topology("v5e:16x16")
-      >>> found.chips, found.hosts
-      (256, 64)
+      >>> parse_topology("v4:2x2x2").devices
+      16
     """
-    name, _, layout = text.partition(":")
-    chip = CHIPS.get(name.lower())
-    if chip is None:
-        near = close_matches(name, CHIPS) or ";"
-        raise ValueError(
-            f"--topology {text!r} names no TPU that is known here{near} give one of {', '.join(CHIPS)} and a layout, "
-            "e.g. v5e:2x2 or v5p:2x2x1"
-        )
-    sizes = tuple(map(int, layout.split("x"))) if re.fullmatch(r"\d+(x\d+)*", layout) else ()
-    if sizes in chip.layouts or (chip.cube and _of_cubes(sizes, chip)):
-        return Slice(chip, sizes)
-    known = ", ".join("x".join(map(str, known)) for known in chip.layouts)
-    cubes = ", and other multiples of 4x4x4 from small to large in between" if chip.cube else ""
-    turned = tuple(sorted(sizes))
-    hint = f"; did you mean {chip.name}:{'x'.join(map(str, turned))}?" if turned in chip.layouts else ""
-    raise ValueError(
-        f"--topology {text!r}: there is no slice of {chip.name} chips in the layout {layout!r}{hint}\n"
-        f"  layouts of {chip.name}: {known}{cubes}"
-    )
-
-
-def _of_cubes(sizes: tuple[int, ...], chip: Chip) -> bool:
-    cubes = len(sizes) == 3 and all(size and size % 4 == 0 for size in sizes)
-    return cubes and list(sizes) == sorted(sizes) and math.prod(sizes) <= math.prod(chip.layouts[-1])
+    found = slices.Slice.parse(text)
+    return Slice(CHIPS[found.generation], found.layout)
