@@ -223,11 +223,20 @@ class Checkpoints:
         if self._read_only:
             return ""
         assert self._manager is not None
-        home = self._folder.parent / "damaged_checkpoints"
+        home, broken = self._folder.parent / "damaged_checkpoints", self._folder / str(step)
+        failed: Exception | None = None
         if jax.process_index() == 0:
-            workdirs.move_into(self._folder / str(step), home)
-        # Every process must see the same steps, or they would not save the same ones.
-        multihost_utils.sync_global_devices(f"set aside {step}")
+            try:
+                workdirs.move_into(broken, home)
+            except Exception as error:  # A bucket's libraries raise errors of their own.
+                failed = error
+        # All wait here: they must see the same steps, or they would not save the same ones.
+        if np.any(multihost_utils.process_allgather(np.bool_(failed is not None))):
+            reason = f" ({_first_line(failed)})" if failed else ""
+            raise ValueError(
+                f"checkpoint {broken} cannot be read, and process 0 cannot move it to {home}{reason}: move or delete "
+                "it yourself, and run the same command again"
+            ) from failed
         self._manager.reload()
         return f"; it was moved to {home}"
 
@@ -271,8 +280,11 @@ def check_writable(workdir: str | os.PathLike[str]) -> Path:
 
 def finished_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """Returns the steps whose checkpoints are whole, ascending; unlike `Checkpoints`, without the other processes."""
-    found = (workdirs.path(workdir) / "checkpoints").glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdecimal())
+    found = [path for path in (workdirs.path(workdir) / "checkpoints").glob("*") if path.name.isdecimal()]
+    if workdirs.in_bucket(workdir):
+        # Nothing is renamed there when it is whole: orbax writes this file last.
+        found = [path for path in found if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in found)
 
 
 def _check_bucket(path: Path) -> Path:

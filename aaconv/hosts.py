@@ -39,6 +39,8 @@ _LEAVE_SECONDS = 5  # that a failing process waits for the others to fail alike
 _UNWIND_SECONDS = 60  # that a failing process may take to finish its files, some of which wait for the others
 _WRITE_SECONDS = 10  # the same where a file could not be written
 _REMARK_SECONDS = 3  # after which a wait is worth a line
+_NAME_SECONDS = 30  # that the coordinator's name may be unknown: that of a pod is made known a moment after its start
+_TPU_VM = "a Cloud TPU VM"
 _T = TypeVar("_T")
 
 
@@ -97,6 +99,7 @@ def start(
         host, port = _check_numbers(coordinator, processes, process)
         if processes == 1:
             return
+        _wait_for_name(host, coordinator, min(start_timeout, _NAME_SECONDS), note)
         _roll_call(host, port, processes, process, start_timeout, note)
         _begin(processes, process, f"at coordinator {coordinator}", start_timeout)
         jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate", **limits)
@@ -127,20 +130,47 @@ def _check_numbers(coordinator: str, processes: int, process: int) -> tuple[str,
     return host, int(port)
 
 
+def _wait_for_name(host: str, coordinator: str, timeout: float, note: Callable[[str], None]) -> None:
+    began, noted = time.monotonic(), False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+        waited = time.monotonic() - began
+        if waited > timeout:
+            raise ValueError(
+                f"--coordinator {coordinator!r}: {socket.gethostname()} does not know {host!r} ({reason}); give the "
+                "name or the address of process 0's host by which all hosts reach it"
+            )
+        if waited > _REMARK_SECONDS and not noted:
+            note(f"waiting until {host!r} of --coordinator is known ({reason}), for at most {timeout:g} s ...")
+            noted = True
+        time.sleep(0.2)
+
+
 def _start_in_cluster(limits: Mapping[str, Any], start_timeout: float) -> None:
     cluster = _cluster()
     if not cluster:
         return
     devices = _devices_of_slurm_task()
-    _begin(None, None, f"in {cluster}", start_timeout)
+    undo = _begin(None, None, f"in {cluster}", start_timeout)
     try:
         jax.distributed.initialize(local_device_ids=devices, **limits)
     except Exception as error:  # What the cluster's own libraries raise is not jax's to name.
+        undo()
         if "must be called before" in str(error):  # Python that used devices first has chosen to be alone.
-            _here.processes = 1
             return
+        reason = str(error).strip().partition("\n")[0][:200]
+        if cluster == _TPU_VM:
+            raise ValueError(
+                "this machine has TPU chips, but no metadata server of Google's cloud tells whether it is one host of "
+                f"several ({reason}): if it is alone, set TPU_SKIP_MDS_QUERY=1; else give --coordinator, --processes "
+                "and --process"
+            ) from error
         raise ValueError(
-            f"this is one of several processes in {cluster}, but jax cannot find the others ({error}): give "
+            f"this is one of several processes in {cluster}, but jax cannot find the others ({reason}): give "
             "--coordinator, --processes and --process"
         ) from error
     _here.processes, _here.process = jax.process_count(), jax.process_index()
@@ -175,7 +205,7 @@ def _cluster() -> str:
     if env.get("JAX_PLATFORMS") == "cpu":
         return ""
     # jax sets this where the machine has no TPU chips; elsewhere it asks the machine's metadata server.
-    return "" if "TPU_SKIP_MDS_QUERY" in env else "a Cloud TPU VM"
+    return "" if "TPU_SKIP_MDS_QUERY" in env else _TPU_VM
 
 
 def _devices_of_slurm_task() -> list[int] | None:
@@ -498,12 +528,13 @@ def _on_abort(number: int) -> None:
     os._exit(LOST if code is None else code)
 
 
-def _begin(processes: int | None, process: int | None, where: str, start_timeout: float) -> None:
+def _begin(processes: int | None, process: int | None, where: str, start_timeout: float) -> Callable[[], None]:
+    """Takes over what this process says when it ends; returns what gives it back, should there be no others."""
     _here.processes, _here.process, _here.starting = processes, process, f"{where}, for {start_timeout:g} s"
-    library = ctypes.CDLL(None)
-    library.signal.argtypes, library.signal.restype = [ctypes.c_int, _HANDLER], ctypes.c_void_p
-    library.signal(signal.SIGABRT, _on_abort)
-    report = sys.excepthook
+    handle_by = ctypes.CDLL(None).signal
+    handle_by.argtypes, handle_by.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    handler = handle_by(signal.SIGABRT, ctypes.cast(_on_abort, ctypes.c_void_p))
+    report, stdout = sys.excepthook, sys.stdout
 
     def fail(*exception: Any) -> None:
         try:
@@ -519,6 +550,16 @@ def _begin(processes: int | None, process: int | None, where: str, start_timeout
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.stdout = results
+
+    def undo() -> None:
+        _here.processes, _here.process, _here.starting = 1, 0, ""
+        handle_by(signal.SIGABRT, handler)
+        sys.excepthook, sys.stdout = report, stdout
+        with results:
+            results.flush()
+            os.dup2(results.fileno(), 1)
+
+    return undo
 
 
 def at(doing: str) -> None:

@@ -200,6 +200,20 @@ def test_reading_leaves_a_damaged_checkpoint_where_it_is(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_named(tmp_path):
+    save(tmp_path, [1, 2])
+    assert checkpoints.finished_steps(tmp_path) == [1, 2]
+    for file in (tmp_path / "checkpoints/2").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    (tmp_path / "damaged_checkpoints").write_text("in the way")
+    with checkpoints.Checkpoints(tmp_path) as saver:
+        with pytest.raises(
+            ValueError, match=r"checkpoints/2 cannot be read, and process 0 cannot move it to .*File exists"
+        ):
+            saver.restore(abstract(make_items(0)))
+
+
 def test_too_many_open_files_are_no_damage(tmp_path):
     save(tmp_path, [1, 2])
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -270,7 +270,7 @@ def restored(config, workdir: Path, devices: int) -> dict:
 # What processes must agree on
 
 AGREEING = """
-import json, os, signal, sys, time
+import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 port, i, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -309,6 +309,16 @@ with checkpoints.Checkpoints(folder) as saver:
     for sharding in (parallel.replicated(mesh), parallel.batch_sharding(mesh)):
         _, items, _ = saver.restore({"model": {"w": jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)}})
         assert items["model"]["w"].sharding == sharding
+    saver.save(2, {"model": split, "training": split}, {})
+    saver.wait()
+    if i == 0:  # damage, and what keeps process 0 from moving it out of the way
+        for file in (folder / "checkpoints/2").rglob("*"):
+            file.is_dir() or file.write_bytes(b"")
+        (folder / "damaged_checkpoints").write_text("in the way")
+    hosts.exchange("damaged")
+    refused(lambda: saver.restore({"model": {"w": jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)}}))
+    if i == 0:
+        shutil.rmtree(folder / "checkpoints/2")
 (folder / str(i)).mkdir()
 refused(lambda: hosts.check_same_folder(folder / str(i)))
 print(json.dumps(said), flush=True)
@@ -333,14 +343,17 @@ def test_what_two_processes_agree_on_save_together_and_that_a_silent_one_ends_th
     assert run.processes[0].wait(timeout=60) == hosts.LOST, run.err(0)
     assert re.search(r"^aaconv: error: process 0 of 2 .* lost contact .* at step 3 of 9", run.err(0), re.MULTILINE)
     host = socket.gethostname()
-    failed, unlike, elsewhere = json.loads(run.out(0))
+    failed, unlike, stuck, elsewhere = json.loads(run.out(0))
+    assert "checkpoints/2 cannot be read, and process 0 cannot move it to" in stuck and "(FileExistsError: " in stuck
     assert failed == f"process 1 ({host}): no such disk"
     assert unlike.splitlines()[1:] == [
         f"  config seed: 4 in process 1 ({host}), 3 in process 0 ({host})",
         f"  code revision: 'a' in process 1 ({host}), None in process 0 ({host})",
     ]
     assert f"{tmp_path}/0 is not one folder for all hosts: process 1 ({host}) does not see" in elsewhere
-    assert [text.replace("/1 is", "/0 is") for text in json.loads(run.out(1))] == ["no such disk", unlike, elsewhere]
+    stuck = re.sub(r" \(FileExistsError: .*?\):", ":", stuck)  # known to process 0 alone
+    said = ["no such disk", unlike, stuck, elsewhere]
+    assert [text.replace("/1 is", "/0 is") for text in json.loads(run.out(1))] == said
     assert not list(tmp_path.rglob(".hosts*"))
     whole = np.arange(8, dtype=np.float32)
     with checkpoints.Checkpoints(tmp_path, read_only=True) as saved:
@@ -374,6 +387,37 @@ def test_one_process_starts_as_ever(monkeypatch, environment):
     assert not jax.distributed.is_initialized()
     assert (sys.excepthook, sys.stdout) == (hook, out)
     assert hosts.exchange({"a": 1}) == [{"a": 1}]
+
+
+def test_python_that_used_devices_before_is_alone_and_keeps_its_own_ends(monkeypatch, capfd):
+    for name, value in {"JOB_ID": "1", "STEP_NODELIST": "n", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    jax.devices()
+    hook, out, aborted = sys.excepthook, sys.stdout, signal.getsignal(signal.SIGABRT)
+    hosts.start()
+    assert (sys.excepthook, sys.stdout, signal.getsignal(signal.SIGABRT)) == (hook, out, aborted)
+    os.write(1, b"a result")
+    assert capfd.readouterr() == ("a result", "")
+
+
+LONE_TPU = """
+import os, jax
+os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # jax sets it where there are no chips
+from aaconv import hosts
+try:
+    hosts.start()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_machine_with_tpus_and_without_googles_cloud():
+    environment = {**os.environ, "JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": f"localhost:{free_port()}"}
+    environment.pop("JAX_PLATFORMS", None)
+    command = [sys.executable, "-c", LONE_TPU]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert "no metadata server of Google's cloud tells whether it is one host of several" in done.stdout, done.stderr
+    assert "if it is alone, set TPU_SKIP_MDS_QUERY=1" in done.stdout
 
 
 # The roll call, before jax starts
@@ -413,7 +457,9 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
         r"process 1 of 2 \(.*\) waited 1 s for process 0 at localhost:\d+ \(Connection refused\). Check that --coord"
     )
     assert re.search(words, str(error))
-    with pytest.raises(hosts.LostError, match=r"process 0 at no-such-host\.invalid:80 \(.+\)\. Check"):
+    with pytest.raises(
+        ValueError, match=r"'no-such-host\.invalid:80': .* does not know 'no-such-host\.invalid' \(.+\);"
+    ):
         hosts.start("no-such-host.invalid:80", 2, 1, start_timeout=1)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from aaconv import cli, config, metrics, workdirs
+from aaconv import checkpoints, cli, config, metrics, workdirs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SERVER = importlib.util.spec_from_file_location("bucket_server", Path(__file__).with_name("bucket_server.py"))
@@ -145,6 +145,15 @@ def test_rows_in_a_bucket_are_there_at_a_flush_and_at_the_end(buckets):
     assert stored() == [1, 2]
     with metrics.Log("gs://bucket/run", resume_step=1):
         assert stored() == [1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_a_bucket_is_whole_with_its_last_file(buckets):
+    run = workdirs.path("gs://bucket/run")
+    (run / "checkpoints/7/model/d").write_text("x")
+    (run / "checkpoints/7/commit_success.txt").write_text("x")
+    (run / "checkpoints/9/model/d").write_text("x")
+    assert checkpoints.finished_steps("gs://bucket/run") == [7]
 
 
 @pytest.mark.slow
