@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +86,8 @@ def slurm(
       setup: lines of bash that come before training, e.g. ``module load cuda``.
 
     Raises:
-      ValueError: an argument holds a line break, or the time is none, or too short to save within.
+      ValueError: an argument holds a line break, bash cannot read the setup, or the time is none, or too short to save
+        within.
 
     References:
       https://slurm.schedmd.com/sbatch.html and srun.html; the signals were tried with Slurm 22.05.
@@ -108,8 +111,7 @@ def slurm(
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={save_seconds}"]
     if cpus_per_task:
         srun.append(f"--cpus-per-task={cpus_per_task}")  # since Slurm 22.05 not taken over from sbatch
-    for line in setup:
-        _check_line("setup", line)
+    _check_bash(setup)
     return "\n".join(
         [
             "#!/bin/bash",
@@ -138,6 +140,15 @@ def slurm(
 # TPU slices
 
 
+# https://github.com/distribution/reference, "Grammar"
+_IMAGE = re.compile(
+    r"([a-zA-Z0-9]([-a-zA-Z0-9.]*[a-zA-Z0-9])?(:\d+)?/)?"  # host
+    r"[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*(/[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*)*"  # path
+    r"(:\w[\w.-]{0,127})?(@[a-z0-9]+([+._-][a-z0-9]+)*:[0-9a-f]{32,})?",  # tag, digest
+    re.ASCII,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kind:
     """A generation of TPUs: how Cloud TPU and Kubernetes Engine name it."""
@@ -149,6 +160,7 @@ class _Kind:
     machine: str
 
 
+_PYTHON = ">=3.11,<3.13"  # what the tests run with; the hosts' Ubuntu 22.04 comes with 3.10
 # https://cloud.google.com/tpu/docs/runtimes
 _KINDS = {
     "v4": _Kind("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu"),
@@ -199,7 +211,7 @@ def gke(
       spot: use spot nodes, which may be taken away at any time.
 
     Raises:
-      ValueError: no such topology, or a name that Kubernetes does not take.
+      ValueError: no such topology, or a name that Kubernetes or a registry of images does not take.
 
     References:
       https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/ and
@@ -210,6 +222,11 @@ def gke(
     found = Slice.parse(topology)
     kind = _KINDS[found.generation]
     name = _resource_name(name, training.name())
+    if not _IMAGE.fullmatch(image):
+        raise ValueError(
+            f"--image {image!r} is no name of an image: write it as HOST/PATH:TAG, the path in small letters, e.g. "
+            "us-docker.pkg.dev/project/repository/aaconv:latest"
+        )
     machine = f"{kind.machine}-{found.chips_per_host}t"
     selector = {
         "cloud.google.com/gke-tpu-accelerator": kind.gke,
@@ -306,7 +323,7 @@ def tpu_vm(
       topology: e.g. ``v5e:4x4``.
       spot: a queued resource on spot machines, which may be taken away at any time.
       runtime: version of the software on the hosts; "" for the generation's own.
-      install: what pip installs on each host, separated by spaces.
+      install: what is installed on each host, as for pip, separated by spaces.
 
     Raises:
       ValueError: no such topology, or a name that Cloud TPU does not take.
@@ -331,9 +348,10 @@ def tpu_vm(
         delete = [*gcloud, "tpu-vm", "delete", name, where, "--quiet"]
         wait = []
 
-    def on_all(command: Sequence[str]) -> list[str]:
+    def on_all(*commands: Sequence[str]) -> list[str]:
         # Quoted twice: ssh hands the hosts one string, which a shell there splits again.
-        return [*gcloud, "tpu-vm", "ssh", name, where, "--worker=all", f"--command={shlex.join(command)}"]
+        lines = " && ".join(map(shlex.join, commands))
+        return [*gcloud, "tpu-vm", "ssh", name, where, "--worker=all", f"--command={lines}"]
 
     # A config may be FILE:ARGUMENT.
     file, colon, argument = training.config.partition(":")
@@ -342,15 +360,30 @@ def tpu_vm(
         (f"{found.generation} {found.topology}: {_count(found.chips, 'chip')}, {_count(found.hosts, 'host')}", create),
         ("Go on when this prints ACTIVE", wait),
         (
-            "Install on every host",
-            on_all(["python3", "-m", "pip", "install", "--quiet", "--upgrade", *install.split()]),
+            "Install on every host, in the folder venv; uv brings Python there, where the host's own is too old",
+            on_all(
+                ["python3", "-m", "pip", "install", "--quiet", "--upgrade", "uv"],
+                ["python3", "-m", "uv", "venv", "--quiet", "--allow-existing", f"--python={_PYTHON}", "venv"],
+                [
+                    "python3",
+                    "-m",
+                    "uv",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--python=venv/bin/python",
+                    "--upgrade",
+                    *install.split(),
+                ],
+            ),
         ),
         ("Copy the config to every host", [*gcloud, "tpu-vm", "scp", file, f"{name}:", where, "--worker=all"]),
         ("Train on every host; the log of all of them comes back here", on_all(there.words())),
         ("Give the slice back", delete),
     ]
     lines = [
-        "# The hosts need Python 3.11 or later, aaconv (--install names it for pip) and the data (data.data_dir).",
+        "# The hosts need the data (data.data_dir) and, for the installation, a way to the package index and to GitHub,",
+        "# from which uv has its Python.",
         "",
     ]
     for title, command in steps:
@@ -405,6 +438,22 @@ def _quote(key: str, value: str) -> str:
     # sbatch reads its lines with the quotes of a shell.
     _check_line(f"--{key}", value)
     return shlex.quote(value)
+
+
+def _check_bash(lines: Sequence[str]) -> None:
+    for line in lines:
+        _check_line("--setup", line)
+    bash = shutil.which("bash")
+    if not lines or bash is None:
+        return
+    script = "".join(f"{line}\n" for line in lines)
+    read = subprocess.run([bash, "--norc", "-n"], input=script, capture_output=True, text=True)  # reads, runs nothing
+    if read.returncode:
+        reason = (read.stderr.strip().splitlines() or [""])[0].removeprefix(f"{bash}: ")
+        raise ValueError(
+            f"--setup cannot be read by bash ({reason}): close its quotes and brackets, and quote each line "
+            "as a whole, e.g. --setup 'export NAME=\"a b\"'"
+        )
 
 
 def _check_line(what: str, text: str) -> None:

@@ -6,6 +6,7 @@ its work by where the inputs lie (GSPMD), except within `by_group`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,29 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 GROUP, DATA, FSDP, SPATIAL = AXES = "group", "data", "fsdp", "spatial"
 BATCH = (GROUP, DATA, FSDP)
 """The axes that examples are divided over, jointly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Imagined:
+    """A device that is not here: what a mesh asks of one. Sizes can be checked with it, and nothing compiled for it."""
+
+    id: int
+    platform: str
+    process_index: int = 0
+    slice_index: int = 0
+    device_kind: str = ""
+
+
+def imagined(count: int, platform: str, processes: int = 1, slices: int = 1) -> list[Imagined]:
+    """Returns devices that are not here, for `configured_mesh`.
+
+    Args:
+      count: how many.
+      platform: e.g. ``tpu``.
+      processes: that share them evenly.
+      slices: that they lie in, evenly.
+    """
+    return [Imagined(i, platform, i * processes // count, i * slices // count) for i in range(count)]
 
 
 def make_mesh(
@@ -121,13 +145,15 @@ def _place(devices: list[Any], sizes: Mapping[str, int]) -> np.ndarray:
     """Devices in the shape ``(data, fsdp, spatial)``, so that much talk goes over few and fast wires."""
     shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if sizes["data"] % slices:
+    if slices > 1 and sizes["data"] % slices:
         raise ValueError(
             f"mesh.data={sizes['data']} must be a multiple of the {slices} slices, between which only gradients go: "
             "use smaller mesh.fsdp and mesh.spatial"
         )
+    if isinstance(devices[0], Imagined):
+        return np.array(devices, dtype=object).reshape(shape)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     within = (sizes["data"] // slices, *shape[1:])
     between = (slices, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
@@ -248,7 +274,8 @@ def check_batch(key: str, size: int, mesh: Mesh, accumulate_steps: int = 1) -> N
         near = f"{below} or {above}" if below else f"{above}"
         times = f" times accumulate_steps={accumulate_steps}" if accumulate_steps > 1 else ""
         fewer = ""
-        if not times and mesh.size == mesh.shape[DATA] and mesh.devices.flat[0].platform != "tpu":
+        one_host = len({device.process_index for device in mesh.devices.flat}) == 1
+        if not times and one_host and mesh.size == mesh.shape[DATA] and mesh.devices.flat[0].platform != "tpu":
             fewer = f", or mesh.data={max(n for n in range(1, devices + 1) if size % n == 0)}"
         raise ValueError(
             f"{key}={size} must be a multiple of the {devices} device{'s' * (devices > 1)} that examples are divided "

@@ -496,9 +496,14 @@ def test_tpu_vm_commands_survive_two_shells(tmp_path, spot):
     script = launch.tpu_vm(training, name="train-1", zone="us-west4-a", topology="v5e:4x4", spot=spot)
     calls = run_with_fake_gcloud(script, tmp_path)
     there = [call for call in calls if call[0] == "python3"]
-    assert there[0] == ["python3", "-m", "pip", "install", "--quiet", "--upgrade", "aaconv[train,gcs]", "jax[tpu]"]
+    assert there[0] == ["python3", "-m", "pip", "install", "--quiet", "--upgrade", "uv"]
+    assert there[1][:4] == ["python3", "-m", "uv", "venv"] and "--python=>=3.11,<3.13" in there[1]
+    assert there[2][:5] == ["python3", "-m", "uv", "pip", "install"] and there[2][-2:] == [
+        "aaconv[train,gcs]",
+        "jax[tpu]",
+    ]
     words = ["--config", "my file.py:it's", "--workdir", "gs://bucket/a $run"]
-    assert there[1] == ["python3", "-m", "aaconv", "train", *words, *(f"--config.{o}" for o in overrides)]
+    assert there[3] == ["python3", "-m", "aaconv", "train", *words, *(f"--config.{o}" for o in overrides)]
     clouds = [call for call in calls if call[0] != "python3"]
     for call in clouds:
         assert "--zone=us-west4-a" in call and "train-1" in [word.rstrip(":") for word in call]
@@ -557,6 +562,18 @@ def test_the_command_prints_a_script_and_nothing_else(capsys):
     assert f"'/opt/my venv/aaconv' train {DIGITS}\n" in out
 
 
+def test_the_commands_for_cloud_tpu_train_by_what_they_installed(capsys):
+    code, out, _ = answer(capsys, f"launch tpu-vm --name a --zone z --topology v5e:4x4 {DIGITS}")
+    assert (
+        code == cli.OK and " --python=venv/bin/python " in out and "'venv/bin/aaconv train --config digits.py " in out
+    )
+
+
+@pytest.mark.parametrize("image", ["aaconv", "Host.example:5000/a/b_c:v1.2", "a.b/c@sha256:" + "0" * 64])
+def test_images(image):
+    assert manifest(image=image)["kind"] == "JobSet"
+
+
 def test_the_command_warns_of_a_disk_that_goes_with_its_machine(capsys):
     line = f"launch tpu-vm --name a --zone z --topology v5e:4x4 {DIGITS}".replace("gs://bucket", "runs")
     code, out, err = answer(capsys, line)
@@ -581,6 +598,25 @@ def test_the_command_takes_a_config_that_is_only_in_the_image(capsys):
         ("launch slurm --config nowhere.py --workdir x", "config file 'nowhere.py' does not exist"),
         ("launch slurm --workdir x", "--config is missing"),
         (f'launch slurm {DIGITS} --executable "a \'b"', "is no command for a shell: No closing quotation"),
+        (f'launch slurm {DIGITS} --setup "echo it\'s"', "--setup cannot be read by bash (line 1: unexpected EOF"),
+        (f"launch slurm --nodes 3 --gpus-per-node 8 {DIGITS}", "batch_size=64 must be a multiple of the 24 devices"),
+        (f"launch gke --image 'My image' --topology v5e:4x4 {DIGITS}", "--image 'My image' is no name of an image"),
+        (
+            f"launch gke --image i --topology v5e:4x4 --slices 8 {DIGITS}",
+            "batch_size=64 must be a multiple of the 128 devices that examples are divided over: use 128",
+        ),
+        (
+            f"launch gke --image i --topology v5e:2x2 --slices 2 {DIGITS} --config.mesh.fsdp=8",
+            "mesh.data=1 must be a multiple of the 2 slices",
+        ),
+        (
+            f"launch tpu-vm --name a --zone z --topology v5e:4x4 {DIGITS} --config.mesh.data=8",
+            "leave out some of the 16 tpu devices, which are one slice: set mesh.data=-1",
+        ),
+        (
+            f"launch tpu-vm --name a --zone z --topology v5e:4x4 {DIGITS} --config.mesh.spatial=16",
+            "mesh.spatial=16 must divide the 8 rows of the images: use 8",
+        ),
         (f"launch gke --image i {DIGITS}", "--topology is missing, e.g. --topology v5e:4x4"),
         (f"launch gke --topology v5e:4x4 {DIGITS}", "--image is missing"),
         (f"launch tpu-vm --name a --topology v5e:4x4 {DIGITS}", "--zone is missing, e.g. --zone us-west4-a"),

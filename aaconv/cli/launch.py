@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aaconv.cli.arguments import Commands, at_least_one
 from aaconv.cli.exits import OK, UsageError
-from aaconv.cli.loading import load_config, need_workdir
+from aaconv.cli.loading import dataset_info, load_config, need_workdir
 from aaconv.cli.printing import say
+
+if TYPE_CHECKING:
+    from aaconv.config import ConfigDict
 
 
 def add(commands: Commands) -> None:
@@ -61,7 +65,7 @@ def add(commands: Commands) -> None:
         "--install",
         default="aaconv[train,gcs] jax[tpu]",
         metavar="PACKAGES",
-        help="for pip, separated by spaces (default: %(default)s)",
+        help="as for pip, separated by spaces (default: %(default)s)",
     )
     for command in (gke, tpu_vm):
         command.add_argument("--topology", metavar="TPU", help="of a slice, e.g. v5e:4x4")
@@ -76,17 +80,20 @@ def add(commands: Commands) -> None:
             help="for a step and a checkpoint, once told to stop (default: 300)",
         )
     for command in (slurm, gke, tpu_vm):
-        python = "python3 -m aaconv" if command is tpu_vm else "aaconv"
+        python = "venv/bin/aaconv" if command is tpu_vm else "aaconv"
         command.add_argument(
             "--executable", default=python, metavar="COMMAND", help=f"starts aaconv there (default: {python})"
         )
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from aaconv import launch
+    from aaconv import launch, parallel
 
+    gpus = arguments.nodes * arguments.gpus_per_node
+    # How many devices a node without GPUs has, --setup may decide.
+    devices = parallel.imagined(gpus, "gpu", processes=gpus) if gpus else None
     text = launch.slurm(
-        _training(arguments),
+        _training(arguments, devices),
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
         cpus_per_task=arguments.cpus_per_task,
@@ -105,7 +112,7 @@ def _gke(arguments: argparse.Namespace) -> int:
 
     _need(arguments, topology="v5e:4x4", image="us-docker.pkg.dev/PROJECT/REPOSITORY/aaconv:latest")
     text = launch.gke(
-        _training(arguments),
+        _training(arguments, _chips(arguments, arguments.slices)),
         topology=arguments.topology,
         image=arguments.image,
         name=arguments.name,
@@ -126,7 +133,7 @@ def _tpu_vm(arguments: argparse.Namespace) -> int:
 
     _need(arguments, topology="v5e:4x4", name="train-1", zone="us-west4-a")
     text = launch.tpu_vm(
-        _training(arguments),
+        _training(arguments, _chips(arguments)),
         name=arguments.name,
         zone=arguments.zone,
         topology=arguments.topology,
@@ -139,7 +146,15 @@ def _tpu_vm(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _training(arguments: argparse.Namespace) -> Any:
+def _chips(arguments: argparse.Namespace, slices: int = 1) -> list[Any]:
+    from aaconv import parallel
+    from aaconv.slices import Slice
+
+    found = Slice.parse(arguments.topology)
+    return parallel.imagined(slices * found.chips, "tpu", slices * found.hosts, slices)
+
+
+def _training(arguments: argparse.Namespace, devices: Sequence[Any] | None) -> Any:
     from aaconv import launch
 
     workdir, config = need_workdir(arguments), arguments.config or ""
@@ -147,12 +162,24 @@ def _training(arguments: argparse.Namespace) -> Any:
         say(f"{config} is not on this machine, so it was not checked; it must be in the image")
     else:
         # What is wrong with a config is said here, not when hours later the hosts are there.
-        load_config(arguments, or_workdir=False)
+        found = load_config(arguments, or_workdir=False)
+        if devices is not None:
+            _check_sizes(found, devices)
     try:
         executable = shlex.split(arguments.executable)
     except ValueError as error:
         raise UsageError(f"--executable {arguments.executable!r} is no command for a shell: {error}") from error
     return launch.Training(config, workdir, arguments.overrides, executable)
+
+
+def _check_sizes(config: ConfigDict, devices: Sequence[Any]) -> None:
+    from aaconv import parallel
+
+    mesh = parallel.configured_mesh(config.mesh, devices)
+    parallel.check_batch("batch_size", config.batch_size, mesh, config.accumulate_steps)
+    parallel.check_batch("eval_batch_size", config.eval_batch_size, mesh)
+    if mesh.shape[parallel.SPATIAL] > 1:
+        parallel.check_rows(dataset_info(config).image_shape[0], mesh)
 
 
 def _need(arguments: argparse.Namespace, **examples: str) -> None:
