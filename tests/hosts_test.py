@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -195,6 +197,20 @@ def test_two_processes_are_one_run(tmp_path, undisturbed, config_file, data_dir)
     names = {path.name for path in undisturbed.iterdir()}
     assert names == {path.name for path in tmp_path.iterdir()} | {"curves.png"}  # which the command draws
     assert len(list((undisturbed / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_one_continues_to_the_end(tmp_path, undisturbed, config_file, data_dir):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints" / str(STEPS))
+    said = io.StringIO()
+    config = load(config_file, data_dir, mesh__data=1)
+    result = train.train(config, tmp_path / "run", progress=metrics.Lines(said))
+    assert f"from step 30 of {STEPS}" in said.getvalue() and result["step"] == STEPS
+    for of_both, of_two in zip(rows(tmp_path / "run"), rows(undisturbed), strict=True):
+        assert of_both == pytest.approx(of_two, rel=1e-4, abs=1e-6)
+    states = [restored(config, workdir, 1) for workdir in (tmp_path / "run", undisturbed)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), *states)
 
 
 # Accidents
