@@ -50,13 +50,15 @@ class Plan:
     """What `run` found.
 
     Attributes:
-      candidates: from the last stage alone to all.
+      candidates: from the last stage alone to all, or to the last set that the network can augment.
       memory: bytes that were to suffice.
+      limit: why a further stage cannot be augmented; "" where the candidates end with all.
       published, ours: the largest set of stages that fits; None where not even the last stage does.
     """
 
     candidates: tuple[Candidate, ...]
     memory: int
+    limit: str = ""
 
     @property
     def published(self) -> tuple[int, ...] | None:
@@ -96,8 +98,8 @@ def run(
       note: gets lines of progress.
 
     Raises:
-      ValueError: the network has no stages to choose, there is no such slice, libtpu is not installed, or the file
-        cannot be written.
+      ValueError: the network has no stages to choose or cannot augment its last, there is no such slice, libtpu is not
+        installed, or the file cannot be written.
     """
     if bool(topology) == (memory_gb is not None):
         raise ValueError("give either --topology, e.g. v5e:16x16, or --memory-gb, e.g. 16")
@@ -113,18 +115,22 @@ def run(
         devices, memory = jax.devices()[:1], int(memory_gb * 1e9)
         where = f"one {devices[0].platform} device"
     one = _on_one_device(config, devices)
-    total = _number_of_stages(programs.build(one, devices[:1]))
+    total = _number_of_stages(programs.build(_with_stages(one, ()), devices[:1]))
     print(f"{config.model.name}, {one.batch_size} images a step of {where}, {config.dtype}, {page.gibibytes(memory)}")
     versions = report.machine()
     print(f"compiled by jax {versions['jax']}, libtpu {versions.get('libtpu', 'none')}; nothing was run", flush=True)
+    sets, limit = _possible(one, devices, total)
+    if limit:
+        note(limit)
     candidates = []
-    for first in range(total, 0, -1):
-        stages = tuple(range(first, total + 1))
+    for stages in sets:
         note(f"compiling with stages {_say(stages)} of {total} ...")
         ours, chosen_by = _compile(one, devices, stages, config.model.implementation)
         published, _ = _compile(one, devices, stages, PUBLISHED)
         candidates.append(Candidate(stages, published, ours, chosen_by))
-    plan = Plan(tuple(candidates), memory)
+        # Minutes each: what is known so far, should somebody stop it.
+        note(f"  published {page.gibibytes(published.total)}, ours {page.gibibytes(ours.total)}")
+    plan = Plan(tuple(candidates), memory, limit)
     print(f"\n{table(plan)}\n")
     print("\n".join(verdict(plan, config)), flush=True)
     if output and plan.ours is not None:
@@ -148,7 +154,7 @@ def table(plan: Plan) -> str:
 
 def verdict(plan: Plan, config: ConfigDict) -> list[str]:
     """Returns the lines that say what to do."""
-    lines = []
+    lines = [plan.limit] if plan.limit else []
     for name, found in (("published algorithm", plan.published), ("ours", plan.ours)):
         lines.append(f"{name:21}{f'stages {_say(found)}' if found else 'not even the last stage fits'}")
     if plan.ours is None:
@@ -197,6 +203,29 @@ def _number_of_stages(built: train.Run) -> int:
     with programs.tracing(built):
         names = programs.summary_of(built).by_stage()
     return max(int(match[1]) for name in names if (match := re.fullmatch(r"stage(\d+)", name)))
+
+
+def _possible(config: ConfigDict, devices: Sequence[Any], total: int) -> tuple[list[tuple[int, ...]], str]:
+    """The sets of stages that the network can augment, from the last alone, and why there are no more.
+
+    The first stages have few channels: a share of them may be less than one a head. Asked before anything is compiled.
+
+    Raises:
+      ValueError: not even the last stage can be augmented.
+    """
+    sets: list[tuple[int, ...]] = []
+    for first in range(total, 0, -1):
+        stages = tuple(range(first, total + 1))
+        try:
+            built = programs.build(_with_stages(config, stages), devices[:1])
+            with programs.tracing(built):
+                programs.summary_of(built)
+        except ValueError as error:
+            if not sets:
+                raise
+            return sets, f"stage {first} cannot be augmented: {error}"
+        sets.append(stages)
+    return sets, ""
 
 
 def _with_stages(config: ConfigDict, stages: Sequence[int]) -> ConfigDict:

@@ -98,3 +98,22 @@ def test_a_plan_for_this_machine_is_a_config_that_trains_on(capsys, tmp_path):
     # The published algorithm needs more, the more so the larger the maps are.
     ratios = [float(line.split("|")[-2]) for line in out.splitlines() if line.startswith("| ") and "MiB" in line]
     assert len(ratios) == 3 and ratios[-1] > 1
+
+
+@pytest.mark.slow
+def test_stages_of_too_few_channels_end_the_plan_and_lose_nothing(capsys):
+    small = (
+        "--config.model.width=1 --config.model.upsilon=0.1 --config.model.num_heads=4 --config.batch_size=16".split()
+    )
+    assert cli.main(["plan", "--config", DIGITS, *small, "--memory-gb", "8"]) == cli.OK
+    answer = capsys.readouterr()
+    assert "stage 2 cannot be augmented: upsilon=0.1 of features=32" in answer.out
+    assert "| 3 " in answer.out and "--config.model.stages=3" in answer.out
+    assert answer.err.index("cannot be augmented") < answer.err.index("compiling")  # said before the minutes
+
+
+def test_a_last_stage_of_too_few_channels_is_refused_at_once(capsys):
+    words = "--config.model.width=1 --config.model.upsilon=0.1 --config.model.num_heads=8 --memory-gb 8".split()
+    assert cli.main(["plan", "--config", DIGITS, *words]) == cli.WRONG_INPUT
+    answer = capsys.readouterr()
+    assert "upsilon=0.1 of features=64" in answer.err and "compiling" not in answer.err
