@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # In the environment, before jax is imported, so that the processes which tests start have it too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else an installed libtpu or CUDA plugin is probed
@@ -50,3 +53,21 @@ def tfds_dir() -> str:
     if not folder.is_dir():
         pytest.skip(f"no prepared data sets at {folder}: set TFDS_DATA_DIR to a folder of TFDS data sets")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory) -> Iterator[Any]:
+    """A Slurm of this machine's own, see tests/slurm_cluster.py; the test is skipped where there cannot be one."""
+    spec = importlib.util.spec_from_file_location("slurm_cluster", Path(__file__).with_name("slurm_cluster.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    missing = module.Slurm.missing()
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} on this machine: install slurm-wlm and munge (Debian's names)")
+    with contextlib.ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(module.Slurm(tmp_path_factory.mktemp("slurm")).running())
+        except (AssertionError, OSError) as error:
+            pytest.skip(f"Slurm does not start on this machine: {error}")
+        yield cluster
