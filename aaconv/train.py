@@ -24,6 +24,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -131,7 +132,7 @@ def mixup(key: Array, images: Array, targets: Array, alpha: float) -> tuple[Arra
 
 
 def train_step(
-    state: TrainState, batch: Mapping[str, Array], resident: Mapping[str, Array], *, run: Run
+    state: TrainState, batch: Mapping[str, Array], resident: Mapping[str, Array], run_key: Array, *, run: Run
 ) -> tuple[TrainState, Array]:
     """One update on a global batch.
 
@@ -139,6 +140,7 @@ def train_step(
       state: donated.
       batch: a global batch of the data's own, for ``prepare``.
       resident: the training set, if it lies on the device, else ``{}``.
+      run_key: from `run_key`; not of ``run``, so that runs which differ in their seed share what is compiled.
       run: what does not change.
 
     Returns:
@@ -146,7 +148,7 @@ def train_step(
     """
     config = run.config
     # Folding in the step, rather than carrying a key, gives a resumed run the same numbers.
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(jax.random.wrap_key_data(run_key), state.step)
     prepare_key, mixup_key, dropout_key = jax.random.split(key, 3)
     prepared = run.prepare_train(batch, prepare_key, resident or None)
     images = prepared["image"]
@@ -359,6 +361,7 @@ def train(
     model: nn.Module | None = None,
     data: Any = None,
     progress: metrics.Progress | None = None,
+    pause_step: int | None = None,
 ) -> dict[str, float]:
     """Trains, or continues what `workdir` holds, to the end of the config's run.
 
@@ -376,6 +379,8 @@ def train(
       data: a source of one's own in the place of `aaconv.data`: an object with its ``info``,
         ``train_input`` and ``eval_input``.
       progress: how it is shown; by default `metrics.progress`.
+      pause_step: a step to return at, evaluated and saved, where it comes before the end of the run, which keeps its
+        length and its schedule; the next call goes on from there.
 
     Returns:
       The last values of each metric, with ``step`` and ``epoch``.
@@ -395,6 +400,7 @@ def train(
     hosts.check_same_folder(workdir)
     assert run.plan is not None
     plan, total_steps = run.plan, run.plan.total_steps
+    end = total_steps if pause_step is None else min(pause_step, total_steps)
     abstract = run.abstract_state()
     with hosts.Watch() as others, _naming_full_disk(workdir), contextlib.ExitStack() as stack:
         # The past of the workdir.
@@ -456,6 +462,7 @@ def train(
         replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
         _, shares = parallel.input_share(run.mesh)
         resident = parallel.to_global(run.train.resident or {}, replicated)
+        key = run_key(run)
         empty_window = jax.jit(Window.empty, out_shardings=replicated)
         is_finite = jax.jit(all_finite)
         learning_rate = jax.jit(plan.learning_rate)
@@ -516,7 +523,7 @@ def train(
             return any(row["step"] == step and "eval/loss" in row for row in log.rows)
 
         def eval_due() -> bool:
-            return step > 0 and (step % plan.eval_every_steps == 0 or step == total_steps)
+            return step > 0 and (step % plan.eval_every_steps == 0 or step in (end, total_steps))
 
         progress.start(start, total_steps)
         stack.callback(progress.stop)
@@ -526,7 +533,7 @@ def train(
             evaluate_here()
             if not is_evaluated():
                 raise Preempted(f"stopped by {signals.name} in the evaluation of step {step}; run it again")
-        while step < total_steps:
+        while step < end:
             clock.turn_to(Doing.INPUT if step_fn else Doing.FIRST_INPUT, step + 1)
             batch = parallel.to_global(next(iterator), split, shares)
             if step_fn is None:
@@ -535,7 +542,7 @@ def train(
                 if asked_to_stop(signals, step - start):
                     raise Preempted(f"stopped by {signals.name} at step {step}, before a new one; run it again")
             clock.turn_to(Doing.STEPPING, step + 1)
-            state, loss = traced(step + 1, step_fn, state, batch, resident)
+            state, loss = traced(step + 1, step_fn, state, batch, resident, key)
             step += 1
             hosts.at(f"step {step} of {total_steps}")
             progress.update(step)
@@ -548,7 +555,7 @@ def train(
                 log_window()
                 check_finite()
                 state = state.replace(window=empty_window())
-            save_due = step % plan.checkpoint_every_steps == 0 or step == total_steps
+            save_due = step % plan.checkpoint_every_steps == 0 or step in (end, total_steps)
             if not (stop or save_due or eval_due()):
                 continue
             check_finite()
@@ -564,7 +571,7 @@ def train(
                 }
                 log.flush()
                 saver.save(step, state.items(), meta)
-            if stop and (step < total_steps or not is_evaluated()):
+            if stop and (step < end or not is_evaluated()):
                 saver.wait()
                 raise Preempted(f"stopped by {signals.name}: saved step {step} of {total_steps}; run it again to go on")
         clock.turn_to(Doing.SAVING, step)
@@ -618,18 +625,33 @@ def fresh_state(run: Run) -> TrainState:
     return init(jax.random.key(run.config.seed))
 
 
+def run_key(run: Run) -> Array:
+    """Returns the data of the key that all of a run's randomness comes from, on every device of its mesh."""
+    data = np.asarray(jax.random.key_data(jax.random.key(run.config.seed)))
+    return parallel.to_global({"key": data}, parallel.replicated(run.mesh))["key"]
+
+
 def compile_step(run: Run, state: TrainState, batch: Any, resident: Any) -> Callable[..., Any]:
-    """Compiles the training step for arrays, or shapes, like these; the state is donated to it."""
+    """Compiles the training step for arrays, or shapes, like these; the state is donated to it.
+
+    Returns:
+      ``(state, batch, resident, run_key) -> state, loss``.
+    """
     replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         functools.partial(train_step, run=run),
-        in_shardings=(shardings, split, replicated),
+        in_shardings=(shardings, split, replicated, replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
     # Ahead of time: compiling is timed by itself, and a change of shapes is an error, not a recompilation.
-    return step.lower(state, batch, resident).compile()
+    return step.lower(state, batch, resident, key_shape()).compile()
+
+
+def key_shape() -> jax.ShapeDtypeStruct:
+    """Returns the shape of what `run_key` gives."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
 
 
 class Evaluator:
@@ -693,6 +715,9 @@ class Signals:
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
+            around = getattr(self._before[signal.SIGTERM], "__self__", None)
+            if isinstance(around, Signals):
+                self.caught = around.caught  # It came while this run was prepared.
         return self
 
     def _note(self, number: int, frame: Any) -> None:

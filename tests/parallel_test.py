@@ -209,7 +209,7 @@ def step(run: train.Run) -> tuple[train.TrainState, float]:
     """The state after one step, and its loss."""
     batch = parallel.to_global(make_batch(run.info.image_shape[0]), parallel.batch_sharding(run.mesh))
     state = train.fresh_state(run)
-    state, loss = train.compile_step(run, state, batch, {})(state, batch, {})
+    state, loss = train.compile_step(run, state, batch, {})(state, batch, {}, train.run_key(run))
     return state, float(loss)
 
 

@@ -163,6 +163,7 @@ class _Bare:
         batches.close()
         self._resident = parallel.to_global(self.run.train.resident or {}, replicated)
         self._state = train.fresh_state(self.run)
+        self._key = train.run_key(self.run)
         self._step = train.compile_step(self.run, self._state, self._batch, self._resident)
         self(2)
 
@@ -171,7 +172,7 @@ class _Bare:
         began = time.perf_counter()
         loss: Any = None
         for _ in range(steps):
-            self._state, loss = self._step(self._state, self._batch, self._resident)
+            self._state, loss = self._step(self._state, self._batch, self._resident, self._key)
         jax.block_until_ready((self._state, loss))
         return time.perf_counter() - began
 

@@ -343,6 +343,7 @@ class _Step:
             made["mask"] = np.ones(shapes["mask"].shape, bool)
         self._batch = parallel.to_global(made, parallel.batch_sharding(self._run.mesh))
         self._state = train.fresh_state(self._run)
+        self._key = train.run_key(self._run)
         if self._inference:
             self._totals = jax.device_put(metrics.Totals.zeros(), self._replicated)
 
@@ -353,7 +354,7 @@ class _Step:
         if self._inference:
             self._totals = self._compiled(self._state.variables(), self._totals, self._batch)
             return self._totals.count
-        self._state, loss = self._compiled(self._state, self._batch, {})
+        self._state, loss = self._compiled(self._state, self._batch, {}, self._key)
         return loss, self._state.step
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:

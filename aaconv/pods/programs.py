@@ -139,8 +139,8 @@ def compile_program(run: train.Run, name: str, *, alone: bool = False) -> Progra
         batch = _batch(run, size, training, bool(resident), split)
         totals = _placed(jax.eval_shape(metrics.Totals.zeros), whole)
         if training:
-            step, given_to = train.train_step, (state, batch, resident)
-            compiled, needs = ahead.account(lambda: train.compile_step(run, *given_to))
+            step, given_to = train.train_step, (state, batch, resident, train.key_shape())
+            compiled, needs = ahead.account(lambda: train.compile_step(run, state, batch, resident))
         else:
             step, given_to = train.eval_step, (state.variables(), totals, batch)
             compiled, needs = ahead.account(lambda: train.Evaluator(run).step.lower(*given_to).compile())
