@@ -45,7 +45,7 @@ class Training:
         command = [*self.executable, "train", "--config", self.config, "--workdir", self.workdir]
         command += [f"--config.{override}" for override in self.overrides]
         for word in command:
-            _check_line("the command", word)
+            check_line("the command", word)
         return command
 
     def name(self) -> str:
@@ -92,7 +92,7 @@ def slurm(
     References:
       https://slurm.schedmd.com/sbatch.html and srun.html; the signals were tried with Slurm 22.05.
     """
-    _check_time(time, save_seconds)
+    check_time(time, save_seconds)
     options = {
         "job-name": training.name(),
         "nodes": nodes,
@@ -111,7 +111,7 @@ def slurm(
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={save_seconds}"]
     if cpus_per_task:
         srun.append(f"--cpus-per-task={cpus_per_task}")  # since Slurm 22.05 not taken over from sbatch
-    _check_bash(setup)
+    check_setup(setup)
     return "\n".join(
         [
             "#!/bin/bash",
@@ -122,19 +122,32 @@ def slurm(
             *setup,
             f"{_line(srun)} \\",
             f"    {_line(training.words())}",
-            "code=$?",
-            f"# {SAVED}: on SIGTERM ({save_seconds} s before the time limit, or by `scancel --signal=TERM JOB`) all",
-            "# processes saved the same step; the same job goes on from there. A job that is not RUNNING any more is",
-            "# left alone: Slurm itself queues again what it preempts or takes from a broken node (--requeue); what",
-            "# was cancelled stays cancelled.",
-            f'state=$([ "$code" -eq {SAVED} ] && squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
-            'if [ "$state" = RUNNING ]; then',
-            '    scontrol requeue "$SLURM_JOB_ID"',
-            "fi",
-            'exit "$code"',
+            *requeue_lines(save_seconds),
             "",
         ]
     )
+
+
+def requeue_lines(save_seconds: int) -> list[str]:
+    """Returns the end of a script for ``sbatch``, after ``srun``: the job queues itself again where it was saved.
+
+    Args:
+      save_seconds: how long before the time limit processes are told to save.
+    """
+    return [
+        "code=$?",
+        f"# {SAVED}: on SIGTERM ({save_seconds} s before the time limit, or by `scancel --signal=TERM JOB`) all",
+        "# processes saved the same step; the same job goes on from there. A job that is not RUNNING any more is",
+        "# left alone: Slurm itself queues again what it preempts or takes from a broken node (--requeue); what",
+        "# was cancelled stays cancelled.",
+        # The last job of an array to start has the array's own number, by which all of them would be meant.
+        "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f'state=$([ "$code" -eq {SAVED} ] && squeue --noheader --jobs="$job" --format=%T)',
+        'if [ "$state" = RUNNING ]; then',
+        '    scontrol requeue "$job"',
+        "fi",
+        'exit "$code"',
+    ]
 
 
 # TPU slices
@@ -333,7 +346,7 @@ def tpu_vm(
     """
     found = Slice.parse(topology)
     name = _resource_name(name, "")
-    _check_line("zone", zone)
+    check_line("zone", zone)
     gcloud = ["gcloud", "compute", "tpus"]
     where = f"--zone={zone}"
     runtime = runtime or _KINDS[found.generation].runtime
@@ -398,8 +411,12 @@ def tpu_vm(
     return "\n".join([*lines, ""])
 
 
-def _check_time(time: str, save_seconds: int) -> None:
-    """Checks a limit in one of Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+def check_time(time: str, save_seconds: int) -> None:
+    """Checks a limit in one of Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; "" is the partition's.
+
+    Raises:
+      ValueError: it is none, or too short to save within.
+    """
     if not time:
         return
     days, dash, rest = time.rpartition("-")
@@ -436,13 +453,14 @@ def _resource_name(name: str, otherwise: str) -> str:
 
 def _quote(key: str, value: str) -> str:
     # sbatch reads its lines with the quotes of a shell.
-    _check_line(f"--{key}", value)
+    check_line(f"--{key}", value)
     return shlex.quote(value)
 
 
-def _check_bash(lines: Sequence[str]) -> None:
+def check_setup(lines: Sequence[str]) -> None:
+    """Raises ValueError where bash could not read these lines."""
     for line in lines:
-        _check_line("--setup", line)
+        check_line("--setup", line)
     bash = shutil.which("bash")
     if not lines or bash is None:
         return
@@ -456,7 +474,8 @@ def _check_bash(lines: Sequence[str]) -> None:
         )
 
 
-def _check_line(what: str, text: str) -> None:
+def check_line(what: str, text: str) -> None:
+    """Raises ValueError where a text has more than one line."""
     if "\n" in text or "\r" in text:
         raise ValueError(f"{what} holds a line break in {text!r}: write it on one line")
 

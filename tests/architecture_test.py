@@ -41,6 +41,7 @@ HOMES = {  # the only rooms that may import a library at all
     "matplotlib": {"plots"},
     "tensorboardX": {"metrics"},
     "torch": {"bench"},
+    "submitit": {"sweep"},
     "etils": {"workdirs", "data"},
     "wandb": set(),
 }

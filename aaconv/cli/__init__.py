@@ -47,6 +47,7 @@ EXTRAS = {  # the extra that brings a package, by the name it is imported by
     ),
     "gcsfs": "gcs",
     "matplotlib": "plots",
+    "submitit": "slurm",
     "tensorflow": "prepare",
 }
 

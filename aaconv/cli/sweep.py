@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from aaconv.cli.arguments import Commands, at_least_one, at_least_zero
+from aaconv.cli.cluster import add_halving, add_slurm, read_halving, read_slurm
 from aaconv.cli.exits import OK, TRIAL_FAILED
 from aaconv.cli.loading import load_config, need_workdir
 from aaconv.cli.printing import make_console, make_table, print_pairs, say
@@ -16,6 +17,9 @@ from aaconv.cli.printing import make_console, make_table, print_pairs, say
 if TYPE_CHECKING:
     from aaconv.config import ConfigDict
     from aaconv.sweep.description import Trial
+    from aaconv.sweep.halving import Halving
+    from aaconv.sweep.records import Sweep
+    from aaconv.sweep.slurm import Resources
 
 
 def add(commands: Commands) -> None:
@@ -59,6 +63,8 @@ def add(commands: Commands) -> None:
     sweep.add_argument(
         "--retries", type=at_least_zero, default=0, metavar="K", help="times a failed trial is tried again (default: 0)"
     )
+    add_halving(sweep)
+    add_slurm(sweep)
     sweep.epilog = f"`aaconv sweep status` and `aaconv sweep report` say how it goes and what came out. {sweep.epilog}"
     commands.add_kinds("sweep")
     commands.add("sweep status", _status, "Print how each trial stands.", workdir="folder of the sweep")
@@ -81,6 +87,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     base = load_config(arguments, or_workdir=False)
     if not arguments.dry_run:
         need_workdir(arguments)
+    resources, halving_of = read_slurm(arguments), read_halving(arguments)
     from aaconv import config as config_lib
     from aaconv.sweep import description
 
@@ -93,13 +100,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
                 f"{arguments.config} describes no sweep: add a function sweep(add) to it, or give --grid KEY=VALUES"
             )
         cells = description.from_function(function, arguments.config)
-    if arguments.jobs > 1:
+    elsewhere = arguments.jobs > 1 or resources is not None
+    if elsewhere:
         import jax
 
-        # The processes take the accelerators; here shapes are all that is asked for.
+        # Other processes take the accelerators; here shapes are all that is asked for.
         jax.config.update("jax_platforms", "cpu")
     trials, invalid = description.describe(
-        base, cells, check_devices=arguments.jobs == 1, need_data=not arguments.dry_run, note=say
+        base, cells, check_devices=not elsewhere, need_data=not arguments.dry_run, note=say
     )
     for cell in invalid:
         say(f"cannot be run: {cell.name}: {cell.reason}")
@@ -108,7 +116,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if invalid and (arguments.invalid == "error" or not trials):
         of = f"{len(invalid)} of {len(cells)} trials cannot be run"
         raise ValueError(f"{of}, as said above: change them" + (", or add --invalid skip" if trials else ""))
-    return OK if arguments.dry_run else _run_sweep(arguments, base, trials)
+    return OK if arguments.dry_run else _run_sweep(arguments, base, trials, resources, halving_of)
 
 
 def _print_trials(trials: Sequence[Trial]) -> None:
@@ -119,19 +127,31 @@ def _print_trials(trials: Sequence[Trial]) -> None:
     print(f"{len(trials)} trials; FLOPs for one image; memory: estimated, of a training step on each device")
 
 
-def _run_sweep(arguments: argparse.Namespace, base: ConfigDict, trials: Sequence[Trial]) -> int:
+def _run_sweep(
+    arguments: argparse.Namespace,
+    base: ConfigDict,
+    trials: Sequence[Trial],
+    resources: Resources | None,
+    halving_of: Callable[[Sweep], Halving | None],
+) -> int:
     from aaconv import checkpoints
-    from aaconv.sweep import display, records, report, running
+    from aaconv.sweep import display, records, report, running, slurm
 
     workdir = checkpoints.check_writable(records.local(arguments.workdir))
     with records.opened(workdir, base, trials, note=say) as sweep:
+        halving = halving_of(sweep)
         try:
             found = running.run(
-                sweep, jobs=arguments.jobs, retries=arguments.retries, displayed=partial(display.displayed, sweep)
+                sweep,
+                jobs=arguments.jobs,
+                retries=arguments.retries,
+                parts=halving.parts if halving else None,
+                cluster=slurm.Cluster(sweep, resources, note=say).run if resources else None,
+                displayed=partial(display.displayed, sweep),
             )
         finally:
             report.write_results(sweep)
-    failed = [status for status in found if status.state != "finished"]
+    failed = [status for status in found if status.state not in ("finished", "eliminated")]
     for status in failed:
         say(f"failed: {status.trial.name}, {sweep.folder(status.trial) / records.OUTPUT}")
         for line in status.error.splitlines():
@@ -142,10 +162,12 @@ def _run_sweep(arguments: argparse.Namespace, base: ConfigDict, trials: Sequence
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from aaconv.sweep import display, records
+    from aaconv.sweep import display, halving, records
 
     sweep = records.load(need_workdir(arguments))
     make_console().print(display.table(sweep, records.statuses(sweep)))
+    for line in halving.describe(sweep.workdir):
+        print(line)
     return OK
 
 

@@ -15,8 +15,16 @@ from aaconv.sweep.records import Status, Sweep
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-STATES = ("finished", "running", "failed", "interrupted", "waiting")
-STYLES = {"finished": "green", "running": "bold", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
+STYLES = {
+    "finished": "green",
+    "running": "bold",
+    "failed": "red",
+    "paused": "cyan",
+    "eliminated": "dim",
+    "interrupted": "yellow",
+    "waiting": "dim",
+}
+STATES = tuple(STYLES)
 LOOK_SECONDS = 1.0
 ROWS = 20
 
@@ -50,12 +58,13 @@ def seconds_left(found: Sequence[Status]) -> float | None:
     """
     share = lambda s: 1.0 if s.state == "finished" else s.step / s.total_steps if s.total_steps else 0.0
     running = [s for s in found if s.state == "running"]
+    left = [s for s in found if s.state not in ("failed", "eliminated")]
     known = [s for s in found if share(s) > 0.05]  # before, compiling is most of the time
     done = sum(map(share, known))
     if not running or not done:
         return None
     each = sum(s.seconds for s in known) / done
-    return each * sum(1 - share(s) for s in found if s.state != "failed") / len(running)
+    return each * sum(1 - share(s) for s in left) / len(running)
 
 
 def table(sweep: Sweep, found: Sequence[Status], *, rows: int | None = None) -> RenderableType:
@@ -80,7 +89,15 @@ def table(sweep: Sweep, found: Sequence[Status], *, rows: int | None = None) -> 
         grid.add_column("error", overflow="ellipsis", no_wrap=True)
     shown = list(found)
     if rows is not None and len(shown) > rows:
-        urgency = {"running": 0, "failed": 1, "finished": 2, "interrupted": 3, "waiting": 4}
+        urgency = {
+            "running": 0,
+            "failed": 1,
+            "finished": 2,
+            "paused": 3,
+            "interrupted": 4,
+            "waiting": 5,
+            "eliminated": 6,
+        }
         few = sorted(range(len(found)), key=lambda i: (urgency[found[i].state], -i))[:rows]
         shown = [found[i] for i in sorted(few)]
     for s in shown:

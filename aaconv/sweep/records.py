@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,9 @@ from aaconv.sweep.description import Trial
 if TYPE_CHECKING:
     from aaconv.config import ConfigDict as Config
 
-SWEEP, TRIAL, PROGRESS, OUTPUT = "sweep.json", "trial.json", "progress.json", "output.txt"
-FINISHED, FAILED, KILLED, STOPPED = "finished", "failed", "killed", "stopped"
+SWEEP, HALVING = "sweep.json", "halving.json"
+TRIAL, PROGRESS, OUTPUT = "trial.json", "progress.json", "output.txt"
+FINISHED, FAILED, KILLED, STOPPED, PAUSED = "finished", "failed", "killed", "stopped", "paused"
 """Outcomes of an attempt; one that has none yet runs, or its process ended without a word."""
 DEFAULT_METRIC = "eval/accuracy"
 
@@ -41,11 +42,13 @@ class Sweep:
       base: the config that trials override.
       trials: in the order of the description; earlier ones of the workdir that ran and are not described any more
         come after them.
+      until: the step at which a trial pauses, by its name; others run to their end.
     """
 
     workdir: Path
     base: Config
     trials: tuple[Trial, ...]
+    until: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -55,6 +58,12 @@ class Sweep:
     def folder(self, trial: Trial) -> Path:
         """Returns the workdir of a trial."""
         return self.workdir / "trials" / trial.name
+
+    def part(self, names: Iterable[str], until: Mapping[str, int]) -> Sweep:
+        """Returns the sweep of some of the trials, which pause at the steps of ``until``."""
+        wanted = set(names)
+        chosen = tuple(trial for trial in self.trials if trial.name in wanted)
+        return dataclasses.replace(self, trials=chosen, until=dict(until))
 
     def config(self, trial: Trial) -> Config:
         """Returns the whole config of a trial."""
@@ -151,6 +160,18 @@ def opened(
             write_json(workdir / SWEEP, {"base": json.loads(json.dumps(base.to_dict())), "trials": listed})
             _flock(file, fcntl.LOCK_SH)
         yield sweep
+
+
+@contextlib.contextmanager
+def joined(workdir: Path) -> Iterator[Sweep]:
+    """Reads the sweep of a workdir and keeps its description as it is meanwhile.
+
+    Raises:
+      ValueError: it holds none.
+    """
+    with (workdir / ".sweep.lock").open("a") as file:
+        _flock(file, fcntl.LOCK_SH)
+        yield load(workdir)
 
 
 def _merged(workdir: Path, base: Config, trials: Sequence[Trial], note: Callable[[str], None]) -> Sweep:
@@ -294,8 +315,8 @@ class Status:
 
     Attributes:
       trial: which.
-      state: ``waiting`` (not begun), ``running``, ``finished``, ``failed`` or ``interrupted`` (goes on when the sweep
-        is started again).
+      state: ``waiting`` (not begun), ``running``, ``finished``, ``failed``, ``interrupted`` (goes on when the sweep is
+        started again), ``paused`` (until it is compared with others) or ``eliminated`` (by that comparison).
       attempts: times it was started.
       step: completed updates, of ``total_steps``; both 0 where nothing is known.
       total_steps: updates of the whole run; 0 where nothing is known.
@@ -318,11 +339,22 @@ class Status:
 
 def statuses(sweep: Sweep) -> list[Status]:
     """Returns how each trial stands now."""
-    return [status(sweep, trial) for trial in sweep.trials]
+    out = eliminated(sweep.workdir)
+    return [_status(sweep, trial, trial.name in out) for trial in sweep.trials]
 
 
 def status(sweep: Sweep, trial: Trial) -> Status:
     """Returns how a trial stands now."""
+    return _status(sweep, trial, trial.name in eliminated(sweep.workdir))
+
+
+def eliminated(workdir: Path) -> dict[str, int]:
+    """Returns the trials that successive halving has stopped, with the number of the rung, from 0."""
+    rungs = read_json(workdir / HALVING).get("rungs", [])
+    return {name: number for number, rung in enumerate(rungs) for name in rung["eliminated"]}
+
+
+def _status(sweep: Sweep, trial: Trial, is_eliminated: bool) -> Status:
     folder = sweep.folder(trial)
     claimed, record = is_claimed(folder), read_json(folder / TRIAL)
     if claimed != is_claimed(folder):  # begun or ended in between
@@ -335,8 +367,11 @@ def status(sweep: Sweep, trial: Trial) -> Status:
         state = FINISHED
     elif claimed and not outcome and last:
         state = "running"
+    elif is_eliminated and outcome not in (FAILED, KILLED):
+        state = "eliminated"
     else:
-        state = {"": "interrupted" if last else "waiting", STOPPED: "interrupted"}.get(outcome, FAILED)
+        known = {"": "interrupted" if last else "waiting", STOPPED: "interrupted", PAUSED: "paused"}
+        state = known.get(outcome, FAILED)
     seconds = sum(attempt.get("seconds") or 0 for attempt in attempts)
     if state == "running":
         seconds += time.time() - last["started"]

@@ -1,4 +1,4 @@
-"""Runs the trials of a sweep: here one after another, or in several local processes.
+"""Runs the trials of a sweep: here one after another, in several local processes, or (`slurm`) as jobs of a cluster.
 
 Every process that runs trials does the same, `work`: it takes the next trial that is missing and that nobody has,
 until there is none. What they have in common is the workdir alone, so a process more, of this launcher or of another,
@@ -17,17 +17,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aaconv import metrics, train
 from aaconv.sweep import records
 from aaconv.sweep.description import Trial
-from aaconv.sweep.records import FAILED, FINISHED, KILLED, OUTPUT, PROGRESS, STOPPED, TRIAL, Sweep
+from aaconv.sweep.records import FAILED, FINISHED, KILLED, OUTPUT, PAUSED, PROGRESS, STOPPED, TRIAL, Sweep
 
 STOPPED_CODE = 75
 POLL_SECONDS = 0.3
@@ -73,16 +74,17 @@ class _Recorder(metrics.Progress):
         self._written = time.monotonic()
 
 
-def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False) -> str:
+def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False, job: str = "") -> str:
     """Trains one trial, which this process has claimed, and records how it went.
 
     Args:
-      sweep: of the trial.
+      sweep: of the trial; says whether it pauses on the way.
       trial: which.
       capture: whether all that the process prints goes to the trial's ``output.txt``, and not only the run's notes.
+      job: number of the job of Slurm that this process is of.
 
     Returns:
-      The outcome, ``finished`` or ``failed``.
+      The outcome, ``finished``, ``paused`` or ``failed``.
 
     Raises:
       Preempted: a signal asked to stop, after the state was saved.
@@ -92,19 +94,31 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False) -> str:
     from aaconv.bench import report
 
     folder = sweep.folder(trial)
-    record = _close_open_attempt(sweep, trial)
+    record = close_open_attempt(sweep, trial)
     found = report.machine()
-    attempt: dict[str, Any] = {"started": time.time(), "process": this_process(), **found}
+    attempt: dict[str, Any] = {
+        "started": time.time(),
+        "process": this_process(),
+        **({"job": job} if job else {}),
+        **found,
+    }
     record |= {"name": trial.name, "overrides": trial.overrides}
     record["attempts"] = [*record.get("attempts", []), attempt]
     records.write_json(folder / TRIAL, record)
     recorder = _Recorder(folder)
-    recorder.note(f"--- attempt {len(record['attempts'])}, {found['date']}, process {attempt['process']}")
+    where = f"process {attempt['process']}" + (f", Slurm's job {job}" if job else "")
+    recorder.note(f"--- attempt {len(record['attempts'])}, {found['date']}, {where}")
+    until = sweep.until.get(trial.name)
     try:
         with _printing_to(folder / OUTPUT) if capture else contextlib.nullcontext():
-            values = train.train(sweep.config(trial), folder, progress=recorder)
-        record["values"] = _without_nan(values)
-        attempt["outcome"] = FINISHED
+            values = train.train(sweep.config(trial), folder, progress=recorder, pause_step=until)
+        if until is None:
+            record["values"] = _without_nan(values)
+            attempt["outcome"] = FINISHED
+        else:
+            rungs = record.setdefault("rungs", {})
+            rungs[str(until)] = _without_nan(_evaluated_at(folder, until))
+            attempt["outcome"] = PAUSED
     except Exception as error:
         if isinstance(error, train.Preempted):
             attempt["outcome"] = STOPPED
@@ -119,6 +133,16 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False) -> str:
         records.write_json(folder / TRIAL, record)
         jax.clear_caches()  # Other networks' programs would only fill the memory.
     return attempt["outcome"]
+
+
+def _evaluated_at(folder: Path, step: int) -> dict[str, float]:
+    for row in metrics.read_rows(folder):
+        if row["step"] == step and "eval/loss" in row:
+            return row
+    raise ValueError(
+        f"the run in {folder} is past step {step}, where trials are compared, and was not evaluated there: give "
+        "another --halving, or name a new --workdir"
+    )
 
 
 @contextlib.contextmanager
@@ -146,8 +170,12 @@ def _explained(error: Exception) -> str:
     return "\n".join(lines[-ERROR_LINES:])
 
 
-def _close_open_attempt(sweep: Sweep, trial: Trial, reason: str = "") -> dict[str, Any]:
-    """Records that the last attempt's process died, if it did; for who has claimed the trial. Returns the record."""
+def close_open_attempt(sweep: Sweep, trial: Trial, reason: str = "") -> dict[str, Any]:
+    """Records that the last attempt's process died, if it did; for who has claimed the trial.
+
+    Returns:
+      What ``trial.json`` holds then.
+    """
     folder = sweep.folder(trial)
     record = records.read_json(folder / TRIAL)
     attempts = record.get("attempts", [])
@@ -218,8 +246,9 @@ def unsettled(sweep: Sweep, retries: int, since: float) -> list[Trial]:
 
 
 def is_finished(sweep: Sweep, trial: Trial) -> bool:
-    """Whether a trial's result is there."""
-    return bool(records.read_json(sweep.folder(trial) / TRIAL).get("values"))
+    """Whether a trial's result is there, or that of the step where it pauses."""
+    record = records.read_json(sweep.folder(trial) / TRIAL)
+    return bool(record.get("values")) or str(sweep.until.get(trial.name)) in record.get("rungs", {})
 
 
 def failures(sweep: Sweep, trial: Trial, since: float, *, close: bool = False) -> int:
@@ -231,9 +260,34 @@ def failures(sweep: Sweep, trial: Trial, since: float, *, close: bool = False) -
       since: in seconds of `time.time`.
       close: whether this process has claimed the trial, so that an attempt without an end has failed.
     """
-    record = _close_open_attempt(sweep, trial) if close else records.read_json(sweep.folder(trial) / TRIAL)
+    record = close_open_attempt(sweep, trial) if close else records.read_json(sweep.folder(trial) / TRIAL)
     attempts = [attempt for attempt in record.get("attempts", []) if attempt["started"] >= since]
     return sum(attempt.get("outcome") in (FAILED, KILLED) for attempt in attempts)
+
+
+@contextlib.contextmanager
+def compiling_once() -> Iterator[None]:
+    """Keeps what this process compiles: trials that differ in their seed alone have the same programs.
+
+    In jax's persistent cache, in a folder that goes with the context; where jax has been given a folder, it is left so.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir:
+        yield
+        return
+    seconds = config.jax_persistent_cache_min_compile_time_secs
+    with tempfile.TemporaryDirectory(prefix="aaconv_sweep_") as folder:
+        config.update("jax_compilation_cache_dir", folder)
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a second by default
+        try:
+            yield
+        finally:
+            config.update("jax_compilation_cache_dir", None)
+            config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+            compilation_cache.reset_cache()
 
 
 # The launcher
@@ -244,6 +298,8 @@ def run(
     *,
     jobs: int = 1,
     retries: int = 0,
+    parts: Callable[[Sweep], Iterable[Sweep]] | None = None,
+    cluster: Callable[..., None] | None = None,
     displayed: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[records.Status]:
     """Runs what is missing of a sweep.
@@ -253,27 +309,33 @@ def run(
       jobs: 1: one trial after another in this process. More: so many processes, with the processors and GPUs divided
         among them.
       retries: times that a trial is tried again after it failed or its process died.
+      parts: gives what is run, one part after another, as `aaconv.sweep.halving.Halving.parts` does; by default all.
+      cluster: runs a part elsewhere, as `aaconv.sweep.slurm.Cluster.run` does.
       displayed: shows how it goes while its context lasts.
 
     Returns:
       How each trial stands; ``failed`` are those that failed in each attempt.
 
     Raises:
-      Preempted: SIGTERM or SIGINT asked to stop, and the running trials saved their state.
+      Preempted: SIGTERM or SIGINT asked to stop, and the running trials saved their state; those of a cluster go on.
     """
     since = time.time()
     with train.Signals() as signals:
         try:
-            with displayed():
-                if jobs == 1:
-                    work(sweep, retries=retries, since=since, is_stopped=lambda: signals.caught is not None, wait=True)
-                else:
-                    _Workers(sweep, jobs, retries, since).run(signals)
+            with displayed(), compiling_once():
+                for part in parts(sweep) if parts else [sweep]:
+                    if cluster is not None:
+                        cluster(part, retries=retries, since=since, signals=signals)
+                    elif jobs == 1:
+                        stopped = lambda: signals.caught is not None
+                        work(part, retries=retries, since=since, is_stopped=stopped, wait=True)
+                    else:
+                        _Workers(part, jobs, retries, since).run(signals)
         except train.Preempted as error:
             done = sum(is_finished(sweep, trial) for trial in sweep.trials)
+            rest = "what ran was saved; the same command goes on" if cluster is None else str(error)
             raise train.Preempted(
-                f"stopped by {signals.name}: {done} of {len(sweep.trials)} trials are finished, what ran was saved; "
-                "the same command goes on"
+                f"stopped by {signals.name}: {done} of {len(sweep.trials)} trials are finished, {rest}"
             ) from error
     return records.statuses(sweep)
 
@@ -307,7 +369,13 @@ class _Workers:
                 process.wait()
 
     def _start(self, slot: int) -> subprocess.Popen[bytes]:
-        task = {"workdir": str(self._sweep.workdir), "retries": self._retries, "since": self._since}
+        task = {
+            "workdir": str(self._sweep.workdir),
+            "trials": [trial.name for trial in self._sweep.trials],
+            "until": dict(self._sweep.until),
+            "retries": self._retries,
+            "since": self._since,
+        }
         share = self._shares[slot]
         with self._output(slot).open("wb") as output, _only(share.processors):
             process = subprocess.Popen(
@@ -356,7 +424,7 @@ class _Workers:
             if status.process == name and status.state != FINISHED:
                 with records.claim(self._sweep.folder(status.trial)) as mine:
                     if mine:
-                        _close_open_attempt(self._sweep, status.trial, reason)
+                        close_open_attempt(self._sweep, status.trial, reason)
                 return True
         return False
 
@@ -392,8 +460,8 @@ def worker() -> int:
     """
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
-    sweep = records.load(task["workdir"])
-    with train.Signals() as signals:
+    sweep = records.load(task["workdir"]).part(task["trials"], task["until"])
+    with train.Signals() as signals, compiling_once():
         try:
             work(
                 sweep,

@@ -325,9 +325,10 @@ def test_a_worker_without_work_ends_quietly_while_its_launcher_lives(config, tmp
     with open_sweep(tmp_path, config, "seed=0") as sweep:
         records.write_json(make(sweep, 0) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.5}})
     words = [sys.executable, "-m", "aaconv.sweep"]
+    task = {"workdir": str(tmp_path), "trials": ["seed=0"], "until": {}, "retries": 0, "since": 0.0}
     with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
         assert process.stdin is not None and process.stderr is not None
-        print(json.dumps({"workdir": str(tmp_path), "retries": 0, "since": 0.0}), file=process.stdin, flush=True)
+        print(json.dumps(task), file=process.stdin, flush=True)
         assert process.stderr.read() == ""  # until it ends
         assert process.wait() == 0
 
