@@ -395,7 +395,7 @@ def tpu_vm(
         ("Give the slice back", delete),
     ]
     lines = [
-        "# The hosts need the data (data.data_dir) and, for the installation, a way to the package index and to GitHub,",
+        "# Hosts need the data (data.data_dir) and, for the installation, a way to the package index and to GitHub,",
         "# from which uv has its Python.",
         "",
     ]
