@@ -14,7 +14,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from aaconv.cli import bench, compile, evaluate, launch, models, plan, predict, prepare, show, sweep, train, version
+from aaconv.cli import (
+    bench,
+    compile,
+    evaluate,
+    launch,
+    models,
+    plan,
+    predict,
+    prepare,
+    show,
+    sweep,
+    sweep_report,
+    train,
+    version,
+)
 from aaconv.cli.arguments import Commands
 from aaconv.cli.exits import (
     DOES_NOT_FIT,
@@ -47,6 +61,7 @@ EXTRAS = {  # the extra that brings a package, by the name it is imported by
     ),
     "gcsfs": "gcs",
     "matplotlib": "plots",
+    "pyarrow": "parquet",
     "submitit": "slurm",
     "tensorflow": "prepare",
 }
@@ -99,8 +114,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _commands() -> Commands:
     commands = Commands()
-    for file in (train, evaluate, show, models, predict, prepare, sweep, launch, bench, compile, plan, version):
-        file.add(commands)  # in the order in which the help names them
+    # In the order in which the help names them.
+    files = train, evaluate, show, models, predict, prepare, sweep, sweep_report, launch, bench, compile, plan, version
+    for file in files:
+        file.add(commands)
     return commands
 
 

@@ -1,4 +1,4 @@
-"""``aaconv sweep``, ``aaconv sweep status`` and ``aaconv sweep report``."""
+"""``aaconv sweep`` and ``aaconv sweep status``."""
 
 from __future__ import annotations
 
@@ -68,19 +68,6 @@ def add(commands: Commands) -> None:
     sweep.epilog = f"`aaconv sweep status` and `aaconv sweep report` say how it goes and what came out. {sweep.epilog}"
     commands.add_kinds("sweep")
     commands.add("sweep status", _status, "Print how each trial stands.", workdir="folder of the sweep")
-    report = commands.add(
-        "sweep report",
-        _report,
-        "Print mean, deviation and 95% interval over seeds; write report.md and results.csv.",
-        workdir="folder of the sweep",
-    )
-    report.add_argument(
-        "--metric",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a table each, e.g. eval/loss (default: the config's checkpoint.best_metric)",
-    )
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -135,7 +122,7 @@ def _run_sweep(
     halving_of: Callable[[Sweep], Halving | None],
 ) -> int:
     from aaconv import checkpoints
-    from aaconv.sweep import display, records, report, running, slurm
+    from aaconv.sweep import display, records, results, running, slurm
 
     workdir = checkpoints.check_writable(records.local(arguments.workdir))
     with records.opened(workdir, base, trials, note=say) as sweep:
@@ -150,13 +137,13 @@ def _run_sweep(
                 displayed=partial(display.displayed, sweep),
             )
         finally:
-            report.write_results(sweep)
+            results.write_results(sweep)
     failed = [status for status in found if status.state not in ("finished", "eliminated")]
     for status in failed:
         say(f"failed: {status.trial.name}, {sweep.folder(status.trial) / records.OUTPUT}")
         for line in status.error.splitlines():
             say(f"  {line}")
-    pairs = [("trials", display.summary(sweep, found)), ("results", str(sweep.workdir / report.RESULTS))]
+    pairs = [("trials", display.summary(sweep, found)), ("results", str(sweep.workdir / results.RESULTS))]
     print_pairs([*pairs, ("table", f"aaconv sweep report --workdir {shlex.quote(arguments.workdir)}")])
     return TRIAL_FAILED if failed else OK
 
@@ -168,17 +155,4 @@ def _status(arguments: argparse.Namespace) -> int:
     make_console().print(display.table(sweep, records.statuses(sweep)))
     for line in halving.describe(sweep.workdir):
         print(line)
-    return OK
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from aaconv.sweep import records, report
-
-    sweep = records.load(need_workdir(arguments))
-    path, text, pictures = report.write_report(sweep, arguments.metric)
-    print(text)
-    print_pairs([("report", str(path)), ("results", str(sweep.workdir / report.RESULTS))])
-    print_pairs(("picture", str(picture)) for picture in pictures or [])
-    if pictures is None:
-        say("no pictures: run  pip install 'aaconv[plots]'  and the same command again")
     return OK

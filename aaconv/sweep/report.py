@@ -1,323 +1,243 @@
-"""What came out of a sweep: a tidy CSV file, and a table with mean, spread and confidence over seeds."""
+"""The report of a sweep: tables with mean, spread and confidence over seeds, pictures, and a page for the browser."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
-import os
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from aaconv.sweep import page, pictures, records, results
+from aaconv.sweep.description import short_key, spell
+from aaconv.sweep.display import duration
+from aaconv.sweep.records import FINISHED, TRIAL, Status, Sweep
+from aaconv.sweep.results import Group, in_percent
 
-from aaconv.errors import close_matches
-from aaconv.sweep import records
-from aaconv.sweep.description import Trial, short_key, spell
-from aaconv.sweep.records import TRIAL, Status, Sweep
-
-RESULTS, REPORT = "results.csv", "report.md"
-RAN_ON = ("date", "revision", "device", "cpu", "cores", "python", "aaconv", "jax", "jaxlib")
-"""Columns of ``results.csv`` about the last attempt, as of `aaconv.bench.report.machine`."""
+REPORT, PAGE, PICTURES = "report.md", "report.html", "pictures"
+MANY = 4  # pictures, which take some ten seconds
+LISTED = 20  # trials that are not finished, at most, in what is printed
 
 
-def write_results(sweep: Sweep) -> Path:
-    """Writes ``results.csv``: a row a finished trial and metric; overrides, counts and what it ran on are columns.
-
-    Returns:
-      Its path.
-    """
-    columns = sweep.columns()
-    seed = [] if "seed" in columns else ["seed"]
-    header = [
-        "trial",
-        *columns,
-        *seed,
-        "metric",
-        "value",
-        "step",
-        "parameters",
-        "flops",
-        "seconds",
-        "attempts",
-        *RAN_ON,
-    ]
-    path = sweep.workdir / RESULTS
-    beside = path.with_name(f".{RESULTS}.{os.getpid()}")
-    with beside.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for status in finished(sweep)[0]:
-            trial = status.trial
-            ran = records.read_json(sweep.folder(trial) / TRIAL)["attempts"][-1]
-            where = [ran.get(column, "") for column in RAN_ON]
-            swept = [_cell(value) for value in sweep.values(trial).values()]
-            start = [trial.name, *swept, *([sweep.base.seed] if seed else [])]
-            for metric, value in status.values.items():
-                if "/" in metric:
-                    row = [metric, value, status.step, trial.parameters, trial.flops, f"{status.seconds:.1f}"]
-                    writer.writerow([*start, *row, status.attempts, *where])
-    beside.replace(path)
-    return path
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else value
-
-
-def finished(sweep: Sweep) -> tuple[list[Status], list[str]]:
-    """Returns the trials whose results are there and belong to the sweep's config, and remarks about the others."""
-    found = records.statuses(sweep)
-    remarks, good = [], []
-    for state in ("running", "failed", "interrupted", "waiting"):
-        missing = [status.trial.name for status in found if status.state == state]
-        if missing:
-            remarks.append(f"not in the table, {state}: {_few(missing)}")
-    for status in found:
-        if status.state == "finished":
-            changed = records.changes_since(sweep, status.trial)
-            if changed:
-                remarks.append(f"not in the table, {status.trial.name} ran on: {records.spell_changes(changed)}")
-            else:
-                good.append(status)
-    for column in ("revision", "aaconv", "jax", "device", "cpu"):
-        seen: dict[str, list[str]] = {}
-        for status in good:
-            ran = records.read_json(sweep.folder(status.trial) / TRIAL)["attempts"][-1]
-            seen.setdefault(str(ran.get(column, "")), []).append(status.trial.name)
-        if len(seen) > 1:
-            said = "; ".join(f"{value or 'none'}: {_few(names)}" for value, names in seen.items())
-            remarks.append(f"the trials differ in their {column}: {said}")
-    return good, remarks
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+class NothingFinishedError(ValueError):
+    """No trial of a sweep is finished, so there is nothing to report."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """Trials that differ in their seed alone.
+class Report:
+    """What `write_report` wrote.
 
     Attributes:
-      values: of the other keys that the sweep overrides.
-      trial: the first of them.
-      results: values of a metric, one a seed.
+      path: of the Markdown.
+      page: of the HTML, which needs no other file.
+      text: of the Markdown, without pictures.
+      pictures: their paths; None without matplotlib.
     """
 
-    values: dict[str, Any]
-    trial: Trial
-    results: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Over the seeds."""
-        return statistics.fmean(self.results)
-
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation over the seeds; nan for one."""
-        return statistics.stdev(self.results) if len(self.results) > 1 and self._finite() else math.nan
-
-    @property
-    def confidence(self) -> float:
-        """Half the width of the 95% confidence interval of the mean, by Student's t distribution; nan for one seed."""
-        return t_quantile(len(self.results) - 1) * self.deviation / math.sqrt(len(self.results))
-
-    def _finite(self) -> bool:
-        return all(map(math.isfinite, self.results))
+    path: Path
+    page: Path
+    text: str
+    pictures: list[Path] | None
 
 
-def t_quantile(freedom: int) -> float:
-    """Returns the 97.5% quantile of Student's t distribution, nan for no degree of freedom.
-
-    Example:
-      >>> f"{t_quantile(2):.4f}"
-      '4.3027'
-    """
-    from scipy import special
-
-    return float(special.stdtrit(freedom, 0.975)) if freedom > 0 else math.nan
-
-
-def groups(sweep: Sweep, found: Sequence[Status], metric: str) -> list[Group]:
-    """Groups finished trials by all but their seed, in the order of the sweep.
-
-    Raises:
-      ValueError: no trial has the metric.
-    """
-    together: dict[str, tuple[dict[str, Any], Trial, list[float]]] = {}
-    for status in found:
-        if metric in status.values:
-            values = {key: value for key, value in sweep.values(status.trial).items() if key != "seed"}
-            together.setdefault(repr(values), (values, status.trial, []))[2].append(status.values[metric])
-    if not together:
-        known = sorted({name for status in found for name in status.values if "/" in name})
-        near = close_matches(metric, known) or f"; there are {', '.join(known)}"
-        raise ValueError(f"no trial has the metric {metric!r}{near}")
-    return [Group(values, trial, tuple(results)) for values, trial, results in together.values()]
-
-
-def table(sweep: Sweep, found: Sequence[Status], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of a metric's table; accuracies are in percent."""
-    rows = groups(sweep, found, metric)
-    keys = list(rows[0].values)
-    percent = _in_percent(metric)
-    spoken = lambda x: "–" if math.isnan(x) else f"{100 * x:.2f}" if percent else f"{x:.4g}"
-    header = [*map(short_key, keys), "seeds", f"{metric}{' (%)' if percent else ''}", "deviation", "95% interval"]
-    lines = []
-    for row in rows:
-        low, high = spoken(row.mean - row.confidence), spoken(row.mean + row.confidence)
-        interval = "–" if math.isnan(row.confidence) else f"{low} to {high}"
-        numbers = [str(len(row.results)), spoken(row.mean), spoken(row.deviation), interval]
-        counts = [f"{row.trial.parameters:,}", f"{row.trial.flops / 1e6:,.2f}"]
-        lines.append([*(spell(row.values[key]) for key in keys), *numbers, *counts])
-    return [*header, "parameters", "MFLOPs"], lines
-
-
-def write_report(sweep: Sweep, metrics: Sequence[str] = ()) -> tuple[Path, str, list[Path] | None]:
-    """Writes ``results.csv``, ``report.md`` and, where matplotlib is installed, pictures.
+def write_report(
+    sweep: Sweep, metrics: Sequence[str] = (), *, note: Callable[[str], None] = lambda text: None
+) -> Report:
+    """Writes ``results.csv``, ``report.md``, ``report.html`` and, where matplotlib is installed, ``pictures/``.
 
     Args:
       sweep: as of `aaconv.sweep.records.load`.
-      metrics: a table each; by default the sweep's own.
-
-    Returns:
-      The path of the report, its text, and the pictures' paths; None for these without matplotlib.
+      metrics: a table and pictures each; by default the sweep's own.
+      note: gets a line where this takes long.
 
     Raises:
-      ValueError: no trial is finished, or none has the metric.
+      NothingFinishedError: no trial is finished.
+      ValueError: no trial has the metric.
     """
-    good, remarks = finished(sweep)
+    found = records.statuses(sweep)
+    good, remarks = results.finished(sweep)
+    others = [status for status in found if results.outcome(status) != FINISHED]
     if not good:
-        why = "; ".join(remarks)
-        raise ValueError(
-            f"no trial of {sweep.workdir} is finished ({why}): run the sweep first, `aaconv sweep status --workdir "
-            f"{sweep.workdir}` says how it goes"
+        changed = set(remarks) - set(results.absent(results.by_outcome(found)))  # finished, but not with this config
+        told = "\n".join(f"  {line}" for line in [*unfinished(others), *sorted(changed)])
+        raise NothingFinishedError(
+            f"no trial of {sweep.workdir} is finished, so there is nothing to report: {standing(found)}\n{told}\n"
+            f"  `aaconv sweep status --workdir {sweep.workdir}` says how it goes"
         )
-    parts = [f"# {sweep.base.model.name} on {sweep.base.data.name}: {len(good)} of {len(sweep.trials)} trials"]
     metrics = metrics or [sweep.metric]
+    cells = {metric: results.groups(sweep, good, metric) for metric in metrics}
+    drawn = {metric: pictures.pictures(sweep, cells[metric], metric) for metric in metrics}
+    title = f"{sweep.base.model.name} on {sweep.base.data.name}: {len(good)} of {len(sweep.trials)} trials"
+    parts = [f"# {title}", f"{standing(found)}."]
     for metric in metrics:
-        parts.append(markdown(*table(sweep, good, metric)))
-    ran = records.read_json(sweep.folder(good[0].trial) / TRIAL)["attempts"][-1]
-    versions = ", ".join(f"{name} {ran[name]}" for name in ("python", "jax", "jaxlib") if ran.get(name))
-    seconds = sum(status.seconds for status in good)
-    parts.append(
-        "Interval: of the mean, by Student's t distribution over the seeds.  \n"
-        f"Ran on {ran.get('device', '?')}, {ran.get('cores', '?')} threads a trial, {seconds:,.0f} s in all; "
-        f"{versions}; "
-        f"revision {ran.get('revision') or ran.get('aaconv', '?')}, {ran.get('date', '?')}."
-    )
+        parts += [markdown(*table(cells[metric], metric)), best(cells[metric], metric)]
+    parts.append(f"{INTERVAL}  \n{ran_on(sweep, good)}")
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
-    text = "\n\n".join(parts) + "\n"
-    write_results(sweep)
+    if others:
+        parts.append("\n".join(f"- {line}" for line in unfinished(others)))
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    results.write_results(sweep)
+    count = sum(map(len, drawn.values()))
+    if count > MANY:
+        note(f"drawing {count} pictures ...")
+    paths = _write_pictures(sweep, title, drawn)
+    shown = [picture for several in drawn.values() for picture in several] if paths is not None else []
+    links = "".join(f"\n![{picture.title}]({PICTURES}/{picture.name}.png)\n" for picture in shown)
     path = sweep.workdir / REPORT
-    path.write_text(text)
-    try:
-        pictures = [picture for metric in metrics for picture in draw(sweep, good, metric)]
-    except ImportError:
-        pictures = None
-    return path, text, pictures
+    path.write_text(text + links)
+    html = page.page(
+        title,
+        standing=standing(found),
+        sections=[
+            page.Section(
+                metric,
+                *table(cells[metric], metric),
+                row_of_best=_row_of_best(cells[metric], metric),
+                remark=f"{best(cells[metric], metric)} {INTERVAL}",
+                pictures=drawn[metric] if paths is not None else [],
+            )
+            for metric in metrics
+        ],
+        remarks=[ran_on(sweep, good), *remarks],
+        trials=_trials(sweep, found),
+        config=dict(records.config_lib.items(sweep.base)),
+    )
+    (sweep.workdir / PAGE).write_text(html)
+    return Report(path, sweep.workdir / PAGE, text, paths)
 
 
-def draw(sweep: Sweep, found: Sequence[Status], metric: str) -> list[Path]:
-    """Draws a metric against each number that the sweep sets, and over two such numbers as a heat map.
+INTERVAL = "Interval: 95% confidence interval of the mean, by Student's t distribution over the seeds."
 
-    Keys whose values go together, as of ``--zip``, share a picture.
 
-    Args:
-      sweep: of the trials.
-      found: finished ones, as of `finished`.
-      metric: that is drawn.
-
-    Returns:
-      The pictures' paths, in the sweep's workdir.
-    """
+def _write_pictures(sweep: Sweep, title: str, drawn: dict[str, list[pictures.Picture]]) -> list[Path] | None:
+    """Returns the paths, None without matplotlib; pictures of an earlier report are removed."""
     from aaconv import plots
 
-    rows = groups(sweep, found, metric)
-    varying = [key for key in rows[0].values if len({repr(row.values[key]) for row in rows}) > 1]
-    axes = [key for key in varying if all(_is_number(row.values[key]) for row in rows)]
-    axes = [key for i, key in enumerate(axes) if not any(_tied(rows, key, other) for other in axes[:i])]
-    scale = 100 if _in_percent(metric) else 1
-    title = f"{sweep.base.model.name} on {sweep.base.data.name}, {len(found)} trials"
-    barred = (
-        f"{title}; dots: trials, bars: 95% interval of the mean" if any(len(r.results) > 1 for r in rows) else title
-    )
-    ylabel = f"{metric}{' (%)' if scale == 100 else ''}"
-    labels = {key: _axis_label(rows, key, [k for k in varying if _tied(rows, key, k)]) for key in axes}
+    folder = sweep.workdir / PICTURES
+    try:
+        plots.check_installed()
+    except ImportError:
+        return None
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     paths = []
-    for key in axes:
-        others = [other for other in varying if not _tied(rows, key, other)]
-        lines: dict[str, list[Any]] = {}
-        for row in sorted(rows, key=lambda row: row.values[key]):
-            name = ", ".join(f"{short_key(other)}={spell(row.values[other])}" for other in others)
-            results = [scale * result for result in row.results if math.isfinite(result)]
-            if results:
-                lines.setdefault(name, []).append((row.values[key], results, scale * row.confidence))
-        path = sweep.workdir / f"{_file_name(metric)}_against_{_file_name(key)}.png"
-        plots.against(lines, path, xlabel=labels[key], ylabel=ylabel, title=barred)
-        paths.append(path)
-    free = [key for key in varying if not any(_tied(rows, key, axis) and key != axis for axis in axes)]
-    if len(axes) == 2 and free == axes:
-        paths.append(_draw_heat_map(sweep, rows, axes, labels, scale, f"{ylabel}, {title}", metric))
+    for picture in [picture for several in drawn.values() for picture in several]:
+        paths.append(folder / f"{picture.name}.png")
+        plots.png(picture.draw, paths[-1], title=f"{picture.title}; {title}")
     return paths
 
 
-def _draw_heat_map(
-    sweep: Sweep,
-    rows: Sequence[Group],
-    axes: Sequence[str],
-    labels: dict[str, str],
-    scale: int,
-    title: str,
-    metric: str,
-) -> Path:
-    from aaconv import plots
+# What is said
 
-    across, up = (sorted({row.values[key] for row in rows}) for key in axes)
-    cells = {(row.values[axes[0]], row.values[axes[1]]): scale * row.mean for row in rows}
-    values = [[cells.get((x, y), math.nan) for x in across] for y in up]
-    path = sweep.workdir / f"{_file_name(metric)}_over_{_file_name(axes[0])}_and_{_file_name(axes[1])}.png"
-    plots.heat_map(
-        np.asarray(values),
-        path,
-        rows=[f"{y:g}" for y in up],
-        columns=[f"{x:g}" for x in across],
-        xlabel=labels[axes[0]],
-        ylabel=labels[axes[1]],
-        title=title,
-        form="{:.2f}" if scale == 100 else "{:.4g}",
+
+def standing(found: Sequence[Status]) -> str:
+    """Says how many trials ended how."""
+    groups = results.by_outcome(found)
+    finished = len(groups.pop(FINISHED, []))
+    others = [f"{len(group)} {state}" for state, group in groups.items()]
+    return ", ".join([f"{finished} of {len(found)} trials finished", *others])
+
+
+def unfinished(others: Sequence[Status]) -> list[str]:
+    """Returns a line a trial that is not finished and has something to say: its error, or how far it came."""
+    lines = []
+    for state, group in results.by_outcome(others).items():
+        for status in group:
+            said = status.error.splitlines()[-1] if status.error else ""
+            at = f" at step {status.step} of {status.total_steps}" if status.total_steps else ""
+            if said or at:
+                lines.append(f"{state}{at}: {status.trial.name}{said and f': {said}'}")
+    return lines[:LISTED] + ([f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else [])
+
+
+def ran_on(sweep: Sweep, good: Sequence[Status]) -> str:
+    """Says on what the first of the finished trials ran, and how long all of them took."""
+    ran = records.read_json(sweep.folder(good[0].trial) / TRIAL)["attempts"][-1]
+    versions = ", ".join(f"{name} {ran[name]}" for name in ("python", "jax", "jaxlib") if ran.get(name))
+    seconds = sum(status.seconds for status in good)
+    return (
+        f"Ran on {ran.get('device', '?')}, {ran.get('cores', '?')} threads a trial, {seconds:,.0f} s in all; "
+        f"{versions}; revision {ran.get('revision') or ran.get('aaconv', '?')}, {ran.get('date', '?')}."
     )
-    return path
 
 
-def _tied(rows: Sequence[Group], key: str, other: str) -> bool:
-    """Whether a value of either key says the value of the other, as a key's own does."""
-    pairs = {(repr(row.values[key]), repr(row.values[other])) for row in rows}
-    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+def best(cells: Sequence[Group], metric: str) -> str:
+    """Says which cell has the best mean, and how many others it cannot be told from."""
+    first = results.best(cells, metric)
+    if first is None or len(cells) == 1:
+        return ""
+    varied = pictures.factors(cells)
+    said = f"Best mean: {_spoken(first.mean, metric)}{'%' if in_percent(metric) else ''} with "
+    said += pictures.cell_name(first, varied)
+    if math.isnan(first.confidence):
+        return f"{said}; one seed, so nothing says how much of it is chance."
+    overlapping = [
+        cell
+        for cell in cells
+        if cell is not first and abs(cell.mean - first.mean) <= first.confidence + cell.confidence
+    ]
+    alone = [cell for cell in cells if math.isfinite(cell.mean) and math.isnan(cell.confidence)]
+    said += f"; of the {len(cells) - 1} other cells, {len(overlapping)} have an interval that overlaps with its own"
+    return said + (f", and {len(alone)} none, for want of seeds." if alone else ".")
 
 
-def _axis_label(rows: Sequence[Group], key: str, tied: Sequence[str]) -> str:
-    same = [k for k in tied if all(row.values[k] == row.values[key] for row in rows)]
-    label = " = ".join(map(short_key, [key, *(k for k in same if k != key)]))
-    others = [short_key(k) for k in tied if k not in same]
-    return f"{label} (with {', '.join(others)})" if others else label
+def _spoken(value: float, metric: str) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def table(cells: Sequence[Group], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of a metric's table; accuracies are in percent."""
+    keys = list(cells[0].values)
+    spoken = lambda value: _spoken(value, metric)
+    label = f"{metric}{' (%)' if in_percent(metric) else ''}"
+    header = [*map(short_key, keys), "seeds", label, "deviation", "95% interval", "parameters", "MFLOPs"]
+    lines = []
+    for cell in cells:
+        low, high = spoken(cell.mean - cell.confidence), spoken(cell.mean + cell.confidence)
+        infinite = sum(not math.isfinite(result) for result in cell.results)
+        interval = f"{low} to {high}"
+        if infinite:
+            interval = f"{infinite} of {len(cell.results)} not finite"
+        elif len(cell.results) == 1:
+            interval = "one seed"
+        numbers = [str(len(cell.results)), spoken(cell.mean), spoken(cell.deviation), interval]
+        counts = [f"{cell.trial.parameters:,}", f"{cell.trial.flops / 1e6:,.2f}"]
+        lines.append([*(spell(cell.values[key]) for key in keys), *numbers, *counts])
+    return header, lines
 
 
-def _in_percent(metric: str) -> bool:
-    return metric.endswith(("accuracy", "top5"))
+def _row_of_best(cells: Sequence[Group], metric: str) -> int | None:
+    first = results.best(cells, metric)
+    return None if first is None or len(cells) == 1 else cells.index(first)
 
 
-def _file_name(name: str) -> str:
-    return name.replace("/", "_").replace(".", "_")
+def _trials(sweep: Sweep, found: Sequence[Status]) -> tuple[list[str], list[list[str]]]:
+    """Returns the table of all trials, those first that did not finish."""
+    header = [
+        "trial",
+        "outcome",
+        sweep.metric + (" (%)" if in_percent(sweep.metric) else ""),
+        "step",
+        "time",
+        "attempts",
+    ]
+    lines = []
+    for state, group in sorted(results.by_outcome(found).items(), key=lambda pair: pair[0] == FINISHED):
+        for status in group:
+            value = status.values.get(sweep.metric)
+            lines.append(
+                [
+                    status.trial.name,
+                    state,
+                    "" if value is None else _spoken(value, sweep.metric),
+                    f"{status.step}/{status.total_steps}" if status.total_steps else "",
+                    duration(status.seconds) if status.attempts else "",
+                    str(status.attempts),
+                    status.error.splitlines()[-1] if status.error else "",
+                ]
+            )
+    return [*header, "error"], lines
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

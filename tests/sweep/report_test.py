@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -12,14 +14,16 @@ from PIL import Image
 from scipy import stats
 
 from aaconv import checkpoints, cli, config as config_lib
-from aaconv.sweep import description, records, report
+from aaconv.sweep import description, pictures, records, report, results
 
 
-def made_up(workdir: Path, config: str, grid: list[str], together: list[str], result, **ran) -> records.Sweep:
-    """A sweep whose finished trials have the accuracy ``result(overrides)``; None: not finished."""
+def made_up(
+    workdir: Path, config: str, grid: list[str], together: list[str], result, cost=lambda overrides: 75_002, **ran
+) -> records.Sweep:
+    """A sweep whose finished trials have the accuracy ``result(overrides)``; None: not begun; a string: its error."""
     base = config_lib.load(config)
     cells = description.from_flags(grid, together)
-    trials = [description.Trial(description.trial_name(cell), cell, 75_002, 1_494_272) for cell in cells]
+    trials = [description.Trial(description.trial_name(cell), cell, cost(cell), 20 * cost(cell)) for cell in cells]
     with records.opened(checkpoints.check_writable(workdir), base, trials) as sweep:
         for trial in trials:
             value = result(trial.overrides)
@@ -28,35 +32,49 @@ def made_up(workdir: Path, config: str, grid: list[str], together: list[str], re
                 folder.mkdir(parents=True)
                 attempt = {"started": 1.0, "seconds": 2.0, "outcome": "finished"}
                 attempt |= {name: of(trial.overrides) for name, of in ran.items()}
+                if isinstance(value, str):
+                    attempt |= {"outcome": "failed", "error": value}
+                    records.write_json(folder / "trial.json", {"attempts": [attempt]})
+                    continue
                 values = {"step": 4, "epoch": 1.0, "eval/accuracy": value, "eval/loss": 2 - value}
                 records.write_json(folder / "trial.json", {"attempts": [attempt], "values": values})
+                rows = [{"step": step, "epoch": step / 4, "eval/accuracy": value * step / 4} for step in (1, 2, 4)]
+                (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return sweep
+
+
+def cells_of(sweep: records.Sweep) -> list[results.Group]:
+    return results.groups(sweep, results.finished(sweep)[0], "eval/accuracy")
 
 
 def test_mean_deviation_and_interval_over_seeds(config, tmp_path):
     accuracy = lambda o: 0.9 + o["model.width"] / 100 + (o["seed"] - 1) * o["seed"] / 1000
     sweep = made_up(tmp_path, config, ["model.width=1,2", "seed=0:4"], [], accuracy)
-    first, second = report.groups(sweep, report.finished(sweep)[0], "eval/accuracy")
+    first, second = cells_of(sweep)
     for group, width in ((first, 1), (second, 2)):
-        results = [accuracy({"model.width": width, "seed": seed}) for seed in range(4)]
-        assert group.values == {"model.width": width} and group.results == tuple(results)
-        low, high = stats.t.interval(0.95, 3, statistics.mean(results), stats.sem(results))
-        assert group.deviation == pytest.approx(statistics.stdev(results))
+        several = [accuracy({"model.width": width, "seed": seed}) for seed in range(4)]
+        assert group.values == {"model.width": width} and group.results == tuple(several)
+        low, high = stats.t.interval(0.95, 3, statistics.mean(several), stats.sem(several))
+        assert group.deviation == pytest.approx(statistics.stdev(several))
         assert (group.mean - group.confidence, group.mean + group.confidence) == pytest.approx((low, high))
 
 
 def test_one_seed_has_no_spread_and_nan_spoils_only_its_own_row(config, tmp_path):
     result = lambda o: math.nan if o["model.width"] == 3 else 0.5
     sweep = made_up(tmp_path, config, [], ["model.width=1,3,3", "seed=0,0,1"], result)
-    header, rows = report.table(sweep, report.finished(sweep)[0], "eval/accuracy")
+    header, rows = report.table(cells_of(sweep), "eval/accuracy")
     assert header[:5] == ["width", "seeds", "eval/accuracy (%)", "deviation", "95% interval"]
-    assert [row[:5] for row in rows] == [["1", "1", "50.00", "–", "–"], ["3", "2", "–", "–", "–"]]
+    assert [row[:5] for row in rows] == [
+        ["1", "1", "50.00", "–", "one seed"],
+        ["3", "2", "–", "–", "2 of 2 not finite"],
+    ]
+    assert "one seed" in report.best(cells_of(sweep), "eval/accuracy")
 
 
 def test_trials_that_override_less_have_the_values_of_the_config(config, tmp_path):
     made_up(tmp_path, config, ["seed=0,1"], [], lambda o: 0.5)
     sweep = made_up(tmp_path, config, ["model.width=2", "seed=0,1"], [], lambda o: 0.6)
-    rows = report.groups(sweep, report.finished(sweep)[0], "eval/accuracy")
+    rows = cells_of(sweep)
     assert {(row.values["model.width"], row.mean, len(row.results)) for row in rows} == {(2, 0.6, 2), (1, 0.5, 2)}
 
 
@@ -86,24 +104,130 @@ def test_quotes_commas_and_shell_characters_come_back_whole(config, tmp_path, sw
     assert [trial.overrides["data.data_dir"] for trial in records.load(tmp_path).trials] == values
 
 
+def test_failed_diverged_and_waiting_trials_are_told_apart(config, tmp_path, sweep):
+    errors = {0: None, 1: "NonFiniteLossError: nan in the loss", 2: "Killed | <b>&", 3: 0.5}
+    made_up(tmp_path, config, ["seed=0:4"], [], lambda o: errors[o["seed"]])
+    answer = sweep("report", "--workdir", tmp_path)
+    assert answer.code == cli.OK and "1 of 4 trials finished, 1 diverged, 1 failed, 1 waiting" in answer.out
+    assert "diverged: seed=1: NonFiniteLossError: nan in the loss" in answer.out
+    page = (tmp_path / "report.html").read_text()
+    assert "Killed | &lt;b&gt;&amp;" in page and '<td class="text diverged">diverged</td>' in page
+
+
+def test_a_sweep_without_a_finished_trial_is_told_and_nothing_is_written(config, tmp_path, sweep):
+    made_up(tmp_path, config, ["seed=0:2"], [], lambda o: "NonFiniteLossError: nan in the loss" if o["seed"] else None)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    answer = sweep("report", "--workdir", tmp_path)
+    assert answer.code == cli.TRIAL_FAILED and "0 of 2 trials finished, 1 diverged, 1 waiting" in answer.err
+    assert "diverged: seed=1: NonFiniteLossError: nan in the loss" in answer.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_parquet_table_is_the_csv_table_with_types(config, tmp_path, sweep):
+    import csv
+
+    parquet = pytest.importorskip("pyarrow.parquet")
+    flags = ["model.stages=(2,3),(3,)", "optimizer.nesterov=true,false", "seed=0:2"]
+    made_up(tmp_path, config, flags, [], lambda o: 0.5 + o["seed"] / 10)
+    assert sweep("report", "--workdir", tmp_path, "--format", "parquet").code == cli.OK
+    rows = parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    with (tmp_path / "results.csv").open() as file:
+        plain = list(csv.DictReader(file))
+    assert list(rows[0]) == list(plain[0]) and len(rows) == len(plain) == 8 * 2
+    assert [str(row["value"]) for row in rows] == [row["value"] for row in plain]
+    assert rows[0]["model.stages"] == [2, 3] and rows[0]["optimizer.nesterov"] is True and rows[0]["revision"] is None
+    assert plain[0]["optimizer.nesterov"] == "true" and plain[0]["revision"] == ""
+    other = tmp_path / "other.parquet"
+    assert sweep("report", "--workdir", tmp_path, "--table", other).code == cli.OK
+    assert parquet.read_table(other).to_pylist() == rows
+    answer = sweep("report", "--workdir", tmp_path, "--table", tmp_path / "table.xlsx")
+    assert answer.code == cli.WRONG_INPUT and "neither in .csv nor in .parquet" in answer.err
+
+
+def test_the_front_is_what_nothing_beats_for_as_little(config, tmp_path):
+    accuracies = {1: 0.5, 2: 0.4, 3: 0.7, 4: 0.7, 5: math.nan, 6: 0.8}
+    sweep = made_up(
+        tmp_path,
+        config,
+        ["model.width=1:7"],
+        [],
+        lambda o: accuracies[o["model.width"]],
+        cost=lambda o: o["model.width"],
+    )
+    cost = lambda cell: cell.trial.parameters
+    front = results.in_front(cells_of(sweep), "eval/accuracy", cost)
+    assert [cost(cell) for cell in front] == [1, 3, 6]
+    losses = results.groups(sweep, results.finished(sweep)[0], "eval/loss")  # 2 - accuracy
+    assert [cost(cell) for cell in results.in_front(losses, "eval/loss", cost)] == [1, 3, 6]
+
+
+KAPPA, BOTH = ["model.kappa=0.1,0.2"], ["model.kappa=0.1,0.2", "model.upsilon=0.1,0.2"]
+CURVE = "while_training"
+
+
 @pytest.mark.parametrize(
-    ("grid", "together", "pictures"),
+    ("grid", "together", "names"),
     [
-        (["seed=0:2"], ["model.kappa=0.1,0.2", "model.upsilon=0.1,0.2"], {"against_model_kappa"}),
+        (["seed=0:2"], BOTH, {"against_model_kappa", CURVE}),
         (
-            ["model.kappa=0.1,0.2", "model.num_heads=1,2,4", "seed=0:2"],
+            [*KAPPA, "model.num_heads=1,2,4", "seed=0:2"],
             [],
-            {"against_model_kappa", "against_model_num_heads", "over_model_kappa_and_model_num_heads"},
+            {"against_model_kappa", "against_model_num_heads", "over_model_kappa_and_model_num_heads", CURVE},
         ),
-        (["model.name=wrn,aa_wrn", "seed=0:2"], [], set()),
-        (["model.name=wrn,aa_wrn", "model.width=1,2"], [], {"against_model_width"}),
+        (
+            [*BOTH, "model.num_heads=1,2,4", "seed=0:2"],
+            [],
+            {
+                "against_model_kappa",
+                "against_model_num_heads",
+                "against_model_upsilon",
+                "over_model_kappa_and_model_upsilon",
+                CURVE,
+            },
+        ),
+        (["model.name=wrn,aa_wrn", "seed=0:2"], [], {"against_model_name", CURVE}),
+        (["seed=0:2"], [], {CURVE}),
+        # At random: no two trials differ in one key alone, and neither key says the other.
+        (
+            [],
+            ["model.kappa=0.1,0.4,0.3,0.2", "schedule.learning_rate=0.2,0.1,0.4,0.3"],
+            {"against_model_kappa", "against_schedule_learning_rate", CURVE},
+        ),
+        (
+            [*BOTH, "model.num_heads=1,2", "batch_size=8,16", "model.name=wrn,aa_wrn"],
+            [],
+            set(),  # five things at once are no picture
+        ),
     ],
 )
-def test_pictures_of_each_number_that_is_set(config, tmp_path, grid, together, pictures):
-    result = lambda o: 0.5 + sum(x for x in o.values() if isinstance(x, float | int)) / 100
-    sweep = made_up(tmp_path, config, grid, together, result)
-    paths = report.draw(sweep, report.finished(sweep)[0], "eval/accuracy")
-    assert {path.stem.removeprefix("eval_accuracy_") for path in paths} == pictures
-    for path in paths:
+def test_pictures_are_those_that_the_sweep_makes_sense_of(config, tmp_path, grid, together, names):
+    sweep = made_up(tmp_path, config, grid, together, lambda o: 0.5 + o.get("seed", 0) / 100)
+    found = pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")
+    assert {picture.name.removeprefix("eval_accuracy_") for picture in found} == names
+
+
+def test_a_front_needs_costs_that_differ(config, tmp_path):
+    sweep = made_up(
+        tmp_path, config, ["seed=0:2", *KAPPA], [], lambda o: 0.5, cost=lambda o: int(1e7 * o["model.kappa"])
+    )
+    found = {picture.name: picture for picture in pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")}
+    assert "eval_accuracy_against_cost" in found
+
+
+def test_the_page_needs_nothing_else_and_shows_each_picture_light_and_dark(config, tmp_path, sweep):
+    result = lambda o: 0.5 + o["model.kappa"] + o["seed"] / 100
+    made_up(tmp_path, config, [*KAPPA, "seed=0:2"], [], result, cost=lambda o: int(1e7 * o["model.kappa"]))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/of_an_earlier_report.png").touch()
+    answer = sweep("report", "--workdir", tmp_path)
+    assert answer.code == cli.OK, answer.err
+    drawn = sorted(path.stem for path in (tmp_path / "pictures").iterdir())
+    assert drawn == [f"eval_accuracy_{end}" for end in ("against_cost", "against_model_kappa", CURVE)]
+    for path in (tmp_path / "pictures").iterdir():
         with Image.open(path) as picture:
             assert min(picture.size) > 200 and len(np.unique(np.asarray(picture.convert("L")))) > 10
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('<img src="data:image/svg+xml;base64,') == page.count('prefers-color-scheme: dark)" srcset') == 3
+    assert not re.search(r"(src|srcset|href)=\"(?!data:)|https?:|@import|url\(", page)
+    markdown = (tmp_path / "report.md").read_text()
+    assert markdown.startswith(answer.out.split("\n\n")[0]) and markdown.count("](pictures/") == 3

@@ -1,0 +1,277 @@
+"""What came out of a sweep, as a tidy table in a CSV or Parquet file, and as cells with mean, spread and confidence."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aaconv.errors import close_matches
+from aaconv.sweep import records
+from aaconv.sweep.description import Trial
+from aaconv.sweep.records import FAILED, FINISHED, TRIAL, Status, Sweep
+
+RESULTS = "results.csv"
+DIVERGED = "diverged"
+STATES = (FINISHED, DIVERGED, FAILED, "interrupted", "running", "waiting")
+"""What a report tells apart, in its order."""
+RAN_ON = ("date", "revision", "device", "cpu", "cores", "python", "aaconv", "jax", "jaxlib")
+"""Columns of the tidy table about the last attempt, as of `aaconv.bench.report.machine`."""
+
+
+# The tidy table
+
+
+def tidy(sweep: Sweep) -> tuple[list[str], list[dict[str, Any]]]:
+    """Returns the columns and rows of the tidy table: a row a finished trial and metric.
+
+    Columns are the trial, the keys that the sweep overrides, ``seed``, ``metric``, ``value``, ``step`` (completed
+    updates), ``parameters``, ``flops`` for one image, ``seconds`` of all attempts, ``attempts``, and `RAN_ON`.
+    """
+    keys = sweep.columns()
+    keys += [] if "seed" in keys else ["seed"]
+    counts = ("parameters", "flops", "seconds", "attempts")
+    rows = []
+    for status in finished(sweep)[0]:
+        trial = status.trial
+        ran = records.read_json(sweep.folder(trial) / TRIAL)["attempts"][-1]
+        start = {"trial": trial.name, "seed": sweep.base.seed, **sweep.values(trial)}
+        rest = {"parameters": trial.parameters, "flops": trial.flops, "seconds": round(status.seconds, 1)}
+        rest |= {"attempts": status.attempts, **{name: ran.get(name) for name in RAN_ON}}
+        step = int(status.values.get("step", status.step))
+        rows += [
+            {**start, "metric": metric, "value": value, "step": step, **rest}
+            for metric, value in status.values.items()
+            if "/" in metric
+        ]
+    return ["trial", *keys, "metric", "value", "step", *counts, *RAN_ON], rows
+
+
+def write_results(sweep: Sweep, path: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the tidy table.
+
+    Args:
+      sweep: as of `aaconv.sweep.records.load`.
+      path: of the file, ``.csv`` or ``.parquet``; ``results.csv`` in the sweep's workdir by default. A CSV file has an
+        empty field, a Parquet file null, where nothing is known or set.
+
+    Returns:
+      Its path.
+
+    Raises:
+      ImportError: Parquet is asked for, and pyarrow is not installed.
+      ValueError: it has another ending, or cannot be written.
+    """
+    path = sweep.workdir / RESULTS if path is None else Path(path)
+    check_table(path)
+    write = _write_csv if path.suffix == ".csv" else _write_parquet
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside, *tidy(sweep))
+        beside.replace(path)
+    except OSError as error:
+        raise ValueError(f"the table {path} cannot be written ({error.strerror}): name another file") from error
+    return path
+
+
+def check_table(path: Path) -> None:
+    """Raises what `write_results` would, as far as that is known before anything is written."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"the table {path} ends neither in .csv nor in .parquet: name a file that does")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the table {path} cannot be written: the folder {path.parent} is not there, make it first")
+    if path.suffix == ".parquet":
+        import pyarrow  # noqa: F401
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    cell = lambda value: "" if value is None else str(value).lower() if isinstance(value, bool) else value
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([cell(row[column]) for column in columns] for row in rows)
+
+
+def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    numbers = {"value": pyarrow.float64(), "seconds": pyarrow.float64()}
+    arrays = {}
+    for column in columns:
+        values = [list(row[column]) if isinstance(row[column], tuple) else row[column] for row in rows]
+        # What has no value at all is text, so that files of several sweeps fit together.
+        kind = numbers.get(column) or (pyarrow.string() if all(value is None for value in values) else None)
+        arrays[column] = pyarrow.array(values, kind)
+    pyarrow.parquet.write_table(pyarrow.table(arrays), path)
+
+
+# How trials ended
+
+
+def outcome(status: Status) -> str:
+    """Returns a trial's state, which is ``diverged`` where its loss became nan or infinite."""
+    if status.state == FAILED and status.error.startswith("NonFiniteLossError"):
+        return DIVERGED
+    return status.state
+
+
+def by_outcome(found: Sequence[Status]) -> dict[str, list[Status]]:
+    """Groups trials by their `outcome`, in the order of `STATES`; outcomes of no trial are left out."""
+    groups: dict[str, list[Status]] = {state: [] for state in STATES}
+    for status in found:
+        groups.setdefault(outcome(status), []).append(status)
+    return {state: group for state, group in groups.items() if group}
+
+
+def finished(sweep: Sweep) -> tuple[list[Status], list[str]]:
+    """Returns the trials whose results are there and belong to the sweep's config, and remarks about the others."""
+    found = by_outcome(records.statuses(sweep))
+    remarks, good = absent(found), []
+    for status in found.get(FINISHED, []):
+        changed = records.changes_since(sweep, status.trial)
+        if changed:
+            remarks.append(f"not in the table, {status.trial.name} ran on: {records.spell_changes(changed)}")
+        else:
+            good.append(status)
+    for column in ("revision", "aaconv", "jax", "device", "cpu"):
+        seen: dict[str, list[str]] = {}
+        for status in good:
+            ran = records.read_json(sweep.folder(status.trial) / TRIAL)["attempts"][-1]
+            seen.setdefault(str(ran.get(column, "")), []).append(status.trial.name)
+        if len(seen) > 1:
+            said = "; ".join(f"{value or 'none'}: {few(names)}" for value, names in seen.items())
+            remarks.append(f"the trials differ in their {column}: {said}")
+    return good, remarks
+
+
+def absent(found: Mapping[str, Sequence[Status]]) -> list[str]:
+    """Says which trials have no result, by their outcome."""
+    return [
+        f"not in the table, {state}: {few([status.trial.name for status in group])}"
+        for state, group in found.items()
+        if state != FINISHED
+    ]
+
+
+def few(names: Sequence[str]) -> str:
+    """Returns the first four names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# Cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Trials that differ in their seed alone.
+
+    Attributes:
+      values: of the other keys that the sweep overrides.
+      trials: one a seed.
+      results: values of a metric, in the order of `trials`.
+    """
+
+    values: dict[str, Any]
+    trials: tuple[Trial, ...]
+    results: tuple[float, ...]
+
+    @property
+    def trial(self) -> Trial:
+        """The first of them."""
+        return self.trials[0]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds; nan where a result is not finite."""
+        return statistics.fmean(self.results) if self._finite() else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the seeds; nan for one."""
+        return statistics.stdev(self.results) if len(self.results) > 1 and self._finite() else math.nan
+
+    @property
+    def confidence(self) -> float:
+        """Half the width of the 95% confidence interval of the mean, by Student's t distribution; nan for one seed."""
+        return t_quantile(len(self.results) - 1) * self.deviation / math.sqrt(len(self.results))
+
+    def _finite(self) -> bool:
+        return all(map(math.isfinite, self.results))
+
+
+def t_quantile(freedom: int) -> float:
+    """Returns the 97.5% quantile of Student's t distribution, nan for no degree of freedom.
+
+    Example:
+      >>> f"{t_quantile(2):.4f}"
+      '4.3027'
+    """
+    from scipy import special
+
+    return float(special.stdtrit(freedom, 0.975)) if freedom > 0 else math.nan
+
+
+def groups(sweep: Sweep, found: Sequence[Status], metric: str) -> list[Group]:
+    """Groups finished trials by all but their seed, in the order of the sweep.
+
+    Raises:
+      ValueError: no trial has the metric.
+    """
+    together: dict[str, list[tuple[dict[str, Any], Trial, float]]] = {}
+    for status in found:
+        if metric in status.values:
+            values = {key: value for key, value in sweep.values(status.trial).items() if key != "seed"}
+            together.setdefault(repr(values), []).append((values, status.trial, status.values[metric]))
+    if not together:
+        known = sorted({name for status in found for name in status.values if "/" in name})
+        near = close_matches(metric, known) or f"; there are {', '.join(known)}"
+        raise ValueError(f"no trial has the metric {metric!r}{near}")
+    cells = []
+    for group in together.values():
+        every_values, trials, results = zip(*group, strict=True)
+        cells.append(Group(every_values[0], trials, results))
+    return cells
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric ranks from above; losses rank from below."""
+    return not metric.endswith("loss")
+
+
+def best(cells: Sequence[Group], metric: str) -> Group | None:
+    """Returns the cell of the best mean, the first of equals; None where no mean is finite."""
+    sign = 1 if higher_is_better(metric) else -1
+    known = [cell for cell in cells if math.isfinite(cell.mean)]
+    return max(known, key=lambda cell: sign * cell.mean, default=None)
+
+
+def in_front(cells: Sequence[Group], metric: str, cost: Callable[[Group], float]) -> list[Group]:
+    """Returns the Pareto front: the cells of which no other costs as little and brings as much, but for equals.
+
+    Args:
+      cells: as of `groups`.
+      metric: theirs, which says whether high or low is better.
+      cost: of a cell.
+
+    Returns:
+      By ascending cost. Cells whose mean is not finite are in no front.
+    """
+    sign = 1 if higher_is_better(metric) else -1
+    front, reached = [], -math.inf
+    known = [cell for cell in cells if math.isfinite(cell.mean)]
+    for cell in sorted(known, key=lambda cell: (cost(cell), -sign * cell.mean)):
+        if sign * cell.mean > reached:
+            front.append(cell)
+            reached = sign * cell.mean
+    return front
+
+
+def in_percent(metric: str) -> bool:
+    """Whether a metric is told in percent."""
+    return metric.endswith(("accuracy", "top5"))
