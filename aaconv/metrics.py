@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -247,6 +247,93 @@ class _Board:
 
     def _add(self, **values: Any) -> None:
         self._file.write(self._event(wall_time=time.time(), **values).SerializeToString())
+
+
+# TensorBoard's view of hyperparameters
+
+
+HPARAMS = "events.out.tfevents.0.hparams"  # the first by name, where TensorBoard begins
+
+
+def write_hparams_of_all(
+    folder: Path, values: Mapping[str, Sequence[Any]], names: Sequence[str], *, within: str = ""
+) -> None:
+    """Tells TensorBoard what runs below a folder differ in, and by what they are compared.
+
+    Args:
+      folder: above those of the runs.
+      values: that each hyperparameter has, all numbers, all bools or all strings.
+      names: of metrics.
+      within: folder of a run's own events, in that of the run.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+    from tensorboardX.proto import api_pb2, plugin_hparams_pb2
+
+    api: Any = api_pb2  # whose classes are made at run time
+    plugin: Any = plugin_hparams_pb2
+    infos = []
+    for name, several in values.items():
+        kind = {bool: "BOOL", str: "STRING"}.get(type(several[0]), "FLOAT64")
+        info = api.HParamInfo(name=name, type=api.DataType.Value(f"DATA_TYPE_{kind}"))
+        info.domain_discrete.extend(several)
+        infos.append(info)
+    compared = [api.MetricInfo(name=api.MetricName(tag=name, group=within)) for name in names]
+    experiment = api.Experiment(hparam_infos=infos, metric_infos=compared)
+    _write_hparams(folder, {"experiment": plugin.HParamsPluginData(experiment=experiment)})
+
+
+def write_hparams(
+    folder: Path, values: Mapping[str, Any], *, name: str, started: float, ended: float | None, failed: bool
+) -> None:
+    """Tells TensorBoard a run's hyperparameters.
+
+    Args:
+      folder: of the run.
+      values: numbers, bools and strings by name.
+      name: of the run.
+      started: in seconds of `time.time`.
+      ended: likewise; None while it runs.
+      failed: whether it ended without a result.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+    from tensorboardX.proto import api_pb2, plugin_hparams_pb2
+
+    api: Any = api_pb2
+    plugin: Any = plugin_hparams_pb2
+    start = plugin.SessionStartInfo(group_name=name, start_time_secs=started)
+    for key, value in values.items():
+        field = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+        setattr(start.hparams[key], field, value)
+    found = {"session_start_info": plugin.HParamsPluginData(session_start_info=start)}
+    if ended is not None:
+        status = api.Status.Value("STATUS_FAILURE" if failed else "STATUS_SUCCESS")
+        end = plugin.SessionEndInfo(status=status, end_time_secs=ended)
+        found["session_end_info"] = plugin.HParamsPluginData(session_end_info=end)
+    _write_hparams(folder, found)
+
+
+def _write_hparams(folder: Path, found: Mapping[str, Any]) -> None:
+    """Writes a file of events that takes the place of an earlier one."""
+    from tensorboardX import record_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    event: Any = event_pb2
+    summary: Any = summary_pb2
+    # Without "tfevents" in its name, so that TensorBoard does not read it half-written.
+    beside = folder / f".hparams.{os.getpid()}"
+    file = record_writer.RecordWriter(str(beside))
+    file.write(event.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    for tag, content in found.items():
+        data = summary.SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString())
+        value = summary.Summary.Value(tag=f"_hparams_/{tag}", metadata=summary.SummaryMetadata(plugin_data=data))
+        whole = event.Event(wall_time=time.time(), summary=summary.Summary(value=[value]))
+        file.write(whole.SerializeToString())
+    file.close()
+    beside.replace(folder / HPARAMS)
 
 
 # Progress

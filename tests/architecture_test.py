@@ -44,7 +44,7 @@ HOMES = {  # the only rooms that may import a library at all
     "submitit": {"sweep"},
     "etils": {"workdirs", "data"},
     "pyarrow": {"sweep"},
-    "wandb": set(),
+    "wandb": {"sweep"},
 }
 # At the top of a file these slow every start, or are not installed; some files are themselves imported late.
 LATE = set(HOMES) - {"optax"}

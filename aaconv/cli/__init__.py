@@ -64,6 +64,7 @@ EXTRAS = {  # the extra that brings a package, by the name it is imported by
     "pyarrow": "parquet",
     "submitit": "slurm",
     "tensorflow": "prepare",
+    "wandb": "wandb",
 }
 
 

@@ -122,11 +122,12 @@ def _run_sweep(
     halving_of: Callable[[Sweep], Halving | None],
 ) -> int:
     from aaconv import checkpoints
-    from aaconv.sweep import display, records, results, running, slurm
+    from aaconv.sweep import display, records, results, running, slurm, tracking
 
     workdir = checkpoints.check_writable(records.local(arguments.workdir))
     with records.opened(workdir, base, trials, note=say) as sweep:
         halving = halving_of(sweep)
+        tracking.write_tensorboard(sweep)
         try:
             found = running.run(
                 sweep,
@@ -138,6 +139,7 @@ def _run_sweep(
             )
         finally:
             results.write_results(sweep)
+            tracking.write_tensorboard(sweep)
     failed = [status for status in found if status.state not in ("finished", "eliminated")]
     for status in failed:
         say(f"failed: {status.trial.name}, {sweep.folder(status.trial) / records.OUTPUT}")

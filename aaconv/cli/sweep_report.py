@@ -1,4 +1,4 @@
-"""``aaconv sweep report``."""
+"""``aaconv sweep report`` and ``aaconv sweep upload``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 from aaconv.cli.arguments import Commands
-from aaconv.cli.exits import OK, TRIAL_FAILED
+from aaconv.cli.exits import OK, TRIAL_FAILED, UsageError
 from aaconv.cli.loading import need_workdir
 from aaconv.cli.printing import print_pairs, say
 
 
 def add(commands: Commands) -> None:
-    """Adds the command and its flags, after those of ``aaconv sweep``."""
+    """Adds the commands and their flags, after those of ``aaconv sweep``."""
     report = commands.add(
         "sweep report",
         _report,
@@ -33,10 +33,19 @@ def add(commands: Commands) -> None:
         help="of the tidy table, results.csv or results.parquet in the workdir (default: csv)",
     )
     report.add_argument("--table", metavar="FILE", help="the tidy table's file instead, .csv or .parquet")
+    upload = commands.add(
+        "sweep upload",
+        _upload,
+        "Send finished trials to Weights & Biases, each as a run with its config, its curves and its results.",
+        workdir="folder of the sweep",
+    )
+    upload.add_argument("--project", metavar="NAME", help="project there")
+    upload.add_argument("--entity", metavar="NAME", help="team or user there (default: the account's own)")
+    upload.epilog = "A trial is sent once. WANDB_MODE=offline writes into WORKDIR/wandb instead, for `wandb sync`."
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from aaconv.sweep import records, report, results
+    from aaconv.sweep import records, report, results, tracking
 
     sweep = records.load(need_workdir(arguments))
     table = Path(arguments.table) if arguments.table else sweep.workdir / f"results.{arguments.format}"
@@ -47,10 +56,22 @@ def _report(arguments: argparse.Namespace) -> int:
         say(f"error: {error}")
         return TRIAL_FAILED
     pairs = [("page", written.page), ("report", written.path), ("table", results.write_results(sweep, table))]
+    tracking.write_tensorboard(sweep)
     print(written.text)
     print_pairs((name, str(path)) for name, path in pairs)
     if written.pictures is None:
         say("no pictures: run  pip install 'aaconv[plots]'  and the same command again")
     elif written.pictures:
         print_pairs([("pictures", f"{written.pictures[0].parent} ({len(written.pictures)})")])
+    return OK
+
+
+def _upload(arguments: argparse.Namespace) -> int:
+    from aaconv.sweep import records, tracking
+
+    sweep = records.load(need_workdir(arguments))
+    if not arguments.project:
+        raise UsageError("--project is missing: name the project at Weights & Biases, e.g. --project aaconv")
+    sent, before = tracking.upload(sweep, arguments.project, entity=arguments.entity, note=say)
+    print_pairs([("sent", f"{sent} trials"), ("before", f"{before} trials")])
     return OK

@@ -24,7 +24,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background:
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 p, ul { max-width: 55rem; margin: .5rem 0; }
-.soft, figcaption { color: var(--soft); }
+.soft, .eliminated, figcaption { color: var(--soft); }
 .scroll { overflow: auto; max-height: 32rem; width: fit-content; max-width: 100%; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -39,7 +39,7 @@ tr.best, tr.best:hover { background: var(--best); font-weight: 600; }
 .text { text-align: left; }
 td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 .finished { color: var(--good); } .failed, .diverged { color: var(--bad); }
-.interrupted, .waiting, .running { color: var(--wait); }
+.interrupted, .paused, .waiting, .running { color: var(--wait); }
 figure { margin: 1.75rem 0; }
 figure img { max-width: 100%; height: auto; display: block; }
 figure h3 { font-size: 1rem; margin: 0 0 .35rem; }

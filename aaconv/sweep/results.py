@@ -18,7 +18,7 @@ from aaconv.sweep.records import FAILED, FINISHED, TRIAL, Status, Sweep
 
 RESULTS = "results.csv"
 DIVERGED = "diverged"
-STATES = (FINISHED, DIVERGED, FAILED, "interrupted", "running", "waiting")
+STATES = (FINISHED, DIVERGED, FAILED, "eliminated", "paused", "interrupted", "running", "waiting")
 """What a report tells apart, in its order."""
 RAN_ON = ("date", "revision", "device", "cpu", "cores", "python", "aaconv", "jax", "jaxlib")
 """Columns of the tidy table about the last attempt, as of `aaconv.bench.report.machine`."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from aaconv import metrics, train
-from aaconv.sweep import records
+from aaconv.sweep import records, tracking
 from aaconv.sweep.description import Trial
 from aaconv.sweep.records import FAILED, FINISHED, KILLED, OUTPUT, PAUSED, PROGRESS, STOPPED, TRIAL, Sweep
 
@@ -105,6 +105,7 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False, job: str = "
     record |= {"name": trial.name, "overrides": trial.overrides}
     record["attempts"] = [*record.get("attempts", []), attempt]
     records.write_json(folder / TRIAL, record)
+    tracking.write_hparams(sweep, trial)
     recorder = _Recorder(folder)
     where = f"process {attempt['process']}" + (f", Slurm's job {job}" if job else "")
     recorder.note(f"--- attempt {len(record['attempts'])}, {found['date']}, {where}")
@@ -131,6 +132,7 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False, job: str = "
     finally:
         attempt["seconds"] = round(time.time() - attempt["started"], 3)
         records.write_json(folder / TRIAL, record)
+        tracking.write_hparams(sweep, trial)
         jax.clear_caches()  # Other networks' programs would only fill the memory.
     return attempt["outcome"]
 
