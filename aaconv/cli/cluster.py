@@ -71,30 +71,35 @@ def add_slurm(sweep: Parser) -> None:
         group.add_argument(f"--{flag}", action="append", metavar=metavar, help=f"{what}; may be repeated")
 
 
-def read_halving(arguments: argparse.Namespace) -> Callable[[Sweep], Halving | None]:
+def read_halving(arguments: argparse.Namespace, metric: str) -> Callable[[Sweep], Halving | None]:
     """Returns what says, of the sweep that a workdir holds, whether and how it is halved.
+
+    Args:
+      arguments: of the command line.
+      metric: that decides unless a flag names another.
 
     Raises:
       UsageError, ValueError: a flag is wrong.
     """
     from aaconv.sweep import halving
 
-    if not arguments.halving:
-        for flag in ("halving_factor", "halving_metric"):
-            if getattr(arguments, flag):
-                raise UsageError(f"--{flag.replace('_', '-')} belongs to --halving BUDGET: add that, or leave it out")
+    if arguments.halving:
+        asked = halving.Halving.parse(
+            arguments.halving, arguments.halving_factor or 3, arguments.halving_metric or metric
+        )
+        return lambda sweep: asked
+    for flag in ("halving_factor", "halving_metric"):
+        if getattr(arguments, flag):
+            raise UsageError(f"--{flag.replace('_', '-')} belongs to --halving BUDGET: add that, or leave it out")
 
-    def of(sweep: Sweep) -> Halving | None:
-        if arguments.halving:
-            metric = arguments.halving_metric or sweep.metric
-            return halving.Halving.parse(arguments.halving, arguments.halving_factor or 3, metric)
+    def as_before(sweep: Sweep) -> Halving | None:
         before = halving.recorded(sweep.workdir)
         if before is not None:
             file = sweep.workdir / "halving.json"
             say(f"going on with successive halving {before.describe()}; to run all trials, move {file} away")
         return before
 
-    return of
+    return as_before
 
 
 def read_slurm(arguments: argparse.Namespace) -> Resources | None:

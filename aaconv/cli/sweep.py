@@ -74,9 +74,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
     base = load_config(arguments, or_workdir=False)
     if not arguments.dry_run:
         need_workdir(arguments)
-    resources, halving_of = read_slurm(arguments), read_halving(arguments)
     from aaconv import config as config_lib
-    from aaconv.sweep import description
+    from aaconv.sweep import description, records
+
+    halving_of = read_halving(arguments, base.checkpoint.best_metric or records.DEFAULT_METRIC)
+    resources = read_slurm(arguments)
 
     if arguments.grid or arguments.zip:
         cells = description.from_flags(arguments.grid, arguments.zip)
@@ -107,11 +109,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _print_trials(trials: Sequence[Trial]) -> None:
-    table = make_table("trial", "parameters", "MFLOPs", "memory (MB)", text=1)
+    table = make_table("trial", "parameters", "MFLOPs", "MB at least", text=1)
     for trial in trials:
         table.add_row(trial.name, f"{trial.parameters:,}", f"{trial.flops / 1e6:,.2f}", f"{trial.memory / 1e6:,.1f}")
     make_console().print(table)
-    print(f"{len(trials)} trials; FLOPs for one image; memory: estimated, of a training step on each device")
+    print(
+        f"{len(trials)} trials; FLOPs for one image; MB: what a training step cannot do without on each device; "
+        "compiled steps took up to twice as much, `aaconv compile` says it exactly"
+    )
 
 
 def _run_sweep(

@@ -29,7 +29,7 @@ class Trial:
       overrides: values by dotted key, in the order of `order`.
       parameters: of its network.
       flops: of its network for one image, see `aaconv.models.summary.Layer`.
-      memory: estimated bytes on each device, see `estimate_memory`.
+      memory: bytes on each device at least, see `least_memory`.
     """
 
     name: str
@@ -316,7 +316,7 @@ class _Checker:
         self._summaries: dict[str, Any] = {}
 
     def check(self, config: ConfigDict) -> tuple[int, int, int]:
-        """Returns parameters, FLOPs and the estimate of the memory.
+        """Returns parameters, FLOPs and the memory at least.
 
         Raises:
           NotPrepared: the data set is not there and has to be.
@@ -345,7 +345,7 @@ class _Checker:
         found = self._summaries[key]
         # A set that is only declared has no examples: its length says nothing of the config.
         steps = info.num_train // config.batch_size if info.num_train else 10**6
-        memory = estimate_memory(config, found, optim.plan(config, steps), devices)
+        memory = least_memory(config, found, optim.plan(config, steps), devices)
         return found.parameters, found.flops, memory
 
     def _info(self, config: ConfigDict) -> Any:
@@ -364,12 +364,12 @@ STORING = ("factorised", "skew", "explicit")
 """Implementations of attention that keep whole maps for the backward pass."""
 
 
-def estimate_memory(config: ConfigDict, found: Any, plan: Any, devices: int = 1) -> int:
-    """Estimates the memory of a training step on each device, in bytes.
+def least_memory(config: ConfigDict, found: Any, plan: Any, devices: int = 1) -> int:
+    """Returns the memory that a training step cannot do without on each device, in bytes: a lower bound.
 
-    It is what the step cannot do without: weights, gradient, the optimiser's state and averages in float32, and for
-    the backward pass each layer's output in ``config.dtype``, and attention maps where the implementation stores them.
-    What the compiler adds for the time of an operation, or saves by computing again, is not in it.
+    It is weights, gradient, the optimiser's state and averages in float32, and for the backward pass each layer's
+    output in ``config.dtype``, and attention maps where the implementation stores them. Gradients of activations, and
+    what the compiler adds for the time of an operation, are not in it.
 
     Args:
       config: of the run.

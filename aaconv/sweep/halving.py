@@ -161,8 +161,11 @@ class Halving:
             found.append(until)
             budget, left = budget * self.factor, max(1, left // self.factor)
         if not found:
-            what = "there is nothing to choose from" if left < 2 else f"the runs have {shortest:g} {self.unit}"
-            raise ValueError(f"--halving {self.minimum:g}{self.unit}: {what}; leave it out, or give a smaller budget")
+            raise ValueError(
+                f"--halving {self.minimum:g}{self.unit}: "
+                + ("there is but one trial, seeds aside, and nothing to choose from: leave it out" if left < 2 else "")
+                + (f"the runs end after {shortest:g} {self.unit}: give a smaller budget" if left > 1 else "")
+            )
         return found
 
     def _decide(

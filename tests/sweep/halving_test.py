@@ -1,0 +1,155 @@
+"""Who goes on at a rung, that it is never decided twice, and that who goes on is not changed by it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from aaconv import checkpoints, cli, config as config_lib, metrics, train
+from aaconv.sweep import description, halving, records
+from aaconv.sweep.halving import Halving
+
+GRID = ("schedule.learning_rate=0.1,0.2,0.3,0.4,0.5,0.6", "seed=0:2")
+
+
+def open_sweep(workdir: Path, config: str, *grid: str, overrides=("num_steps=40",)):
+    base = config_lib.load(config, overrides)
+    trials, _ = description.describe(base, description.from_flags(grid, []))
+    return records.opened(checkpoints.check_writable(workdir), base, trials)
+
+
+def reach(part: records.Sweep, value) -> None:
+    """Writes down that the trials of a part were evaluated at its rung, as ``value(overrides)`` says."""
+    for trial in part.trials:
+        folder = part.folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"eval/accuracy": value(trial.overrides), "eval/loss": 1.0}
+        attempt = {"started": 1.0, "process": "here:1", "seconds": 1.0, "outcome": "paused"}
+        record = {"attempts": [attempt], "rungs": {str(part.until[trial.name]): found}}
+        records.write_json(folder / "trial.json", record)
+
+
+def rates(part: records.Sweep) -> list[tuple[float, int]]:
+    return [(trial.overrides["schedule.learning_rate"], trial.overrides["seed"]) for trial in part.trials]
+
+
+def test_the_best_of_each_rung_go_on_with_all_their_seeds(config, tmp_path):
+    with open_sweep(tmp_path, config, *GRID) as sweep:
+        parts = Halving.parse("4steps", 2, "eval/accuracy").parts(sweep)
+        first = next(parts)
+        assert len(first.trials) == 12 and set(first.until.values()) == {4}
+        # The mean over seeds decides: 0.1 is best with one seed and bad with the other; 0.4 has failed.
+        by_rate = {
+            0.1: (0.9, 0.0),
+            0.2: (0.5, 0.5),
+            0.3: (0.6, 0.7),
+            0.4: (None, None),
+            0.5: (0.6, 0.65),
+            0.6: (0.4, 0.2),
+        }
+        reach(first, lambda o: by_rate[o["schedule.learning_rate"]][o["seed"]])
+        second = next(parts)
+        assert rates(second) == [(rate, seed) for rate in (0.2, 0.3, 0.5) for seed in (0, 1)]
+        assert set(second.until.values()) == {8}
+        reach(second, lambda o: o["schedule.learning_rate"])
+        last = next(parts)
+        assert rates(last) == [(0.5, 0), (0.5, 1)] and last.until == {}
+        assert list(parts) == []
+        found = {status.trial.name: status.state for status in records.statuses(sweep)}
+    assert list(found.values()).count("eliminated") == 10
+    assert found["learning_rate=0.5,seed=0"] == "paused"
+    lines = halving.describe(tmp_path)
+    assert lines[0] == "successive halving from 4 steps, one in 2 by eval/accuracy"
+    assert lines[1].startswith("rung 1, at 4 steps: 3 of 6 go on: learning_rate=0.3 65.00%, learning_rate=0.5 62.50%")
+    assert lines[1].endswith("; not learning_rate=0.1 45.00%") and len(lines) == 3
+
+
+def test_decisions_are_honoured_and_not_made_again(config, tmp_path):
+    two = ("schedule.learning_rate=0.1,0.2",)
+    chosen = Halving.parse("10 steps", 2, "eval/accuracy")
+    with open_sweep(tmp_path, config, *two) as sweep:
+        parts = chosen.parts(sweep)
+        reach(next(parts), lambda o: o["schedule.learning_rate"])
+        assert [trial.name for trial in next(parts).trials] == ["learning_rate=0.2"]
+        both = dict.fromkeys([trial.name for trial in sweep.trials], 10)
+        reach(sweep.part(both, both), lambda o: -o["schedule.learning_rate"])
+    with open_sweep(tmp_path, config, *two) as sweep:
+        (last,) = chosen.parts(sweep)
+        assert [trial.name for trial in last.trials] == ["learning_rate=0.2"] and not last.until
+        assert halving.recorded(tmp_path) == chosen
+        with pytest.raises(
+            ValueError, match="was halved from 10 steps, one in 2 by eval/accuracy, and not from 5 steps"
+        ):
+            next(Halving.parse("5steps", 2, "eval/accuracy").parts(sweep))
+    with (
+        open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3") as sweep,
+        pytest.raises(ValueError, match=r"has decided among 2 trials, and there are others now \(learning_rate=0.3\)"),
+    ):
+        next(chosen.parts(sweep))
+
+
+def test_a_lower_loss_is_better_and_epochs_are_counted_by_each_trial(config, tmp_path):
+    with open_sweep(tmp_path, config, "batch_size=32,64,128", overrides=("num_steps=None", "num_epochs=4.0")) as sweep:
+        parts = Halving.parse("1epoch", 3, "eval/loss").parts(sweep)
+        first = next(parts)
+        assert first.until == {"batch_size=32": 44, "batch_size=64": 22, "batch_size=128": 11}
+        for trial in first.trials:
+            loss = {32: 0.5, 64: 0.4, 128: math.inf}[trial.overrides["batch_size"]]
+            sweep.folder(trial).mkdir(parents=True)
+            at_rung = {str(first.until[trial.name]): {"eval/loss": loss if math.isfinite(loss) else None}}
+            records.write_json(sweep.folder(trial) / "trial.json", {"attempts": [], "rungs": at_rung})
+        assert [trial.name for trial in next(parts).trials] == ["batch_size=64"]
+    decided = json.loads((tmp_path / "halving.json").read_text())["rungs"][0]
+    assert list(decided["values"]) == ["batch_size=64", "batch_size=32", "batch_size=128"]
+    assert decided["eliminated"] == ["batch_size=32", "batch_size=128"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--halving", "2 days"], "--halving '2 days' must be the first rung's budget, such as 2epochs or 500steps"),
+        (["--halving", "0epochs"], "must be the first rung's budget"),
+        (["--halving", "1.5steps"], "steps are whole; write 2steps"),
+        (["--halving", "1epoch", "--halving-factor", "1"], "--halving-factor 1 must be at least 2"),
+        (["--halving", "1epoch", "--halving-metric", "eval/los"], "did you mean 'eval/loss'"),
+        (["--halving-factor", "2"], "--halving-factor belongs to --halving BUDGET"),
+        (["--halving", "2steps"], "there is but one trial, seeds aside, and nothing to choose from"),
+        (["--halving", "9steps", "--grid", "model.width=1,2"], "the runs end after 4 steps: give a smaller budget"),
+        (["--halving", "2steps", "--grid", "num_steps=4,8"], "have from 4 to 8: give all one length"),
+    ],
+)
+def test_wrong_flags_are_answered_in_one_line(sweep, tmp_path, flags, words):
+    grid = [] if "--grid" in flags else ["--grid", "seed=0,1"]
+    answer = sweep("--config", "CONFIG", "--workdir", tmp_path / "run", *grid, *flags)
+    assert answer.code == cli.WRONG_INPUT and words in answer.err.splitlines()[-1], answer.err
+
+
+@pytest.mark.slow
+def test_who_goes_on_is_what_it_is_without_halving(sweep, config, tmp_path):
+    """And the trial that does not is left where it was; the flags need not be repeated."""
+    line = ("--config", "CONFIG", "--grid", "schedule.learning_rate=0.1,1e-6", "--workdir", tmp_path / "halved")
+    answer = sweep(*line, "--halving", "2steps", "--halving-factor", "2", "--halving-metric", "eval/loss")
+    assert answer.code == cli.OK, answer.err
+    kept, out = "learning_rate=0.1", "learning_rate=1e-06"
+    if "not learning_rate=0.1 " in " ".join(halving.describe(tmp_path / "halved")):
+        kept, out = out, kept
+    assert "1/2 finished, 1 eliminated" in answer.out
+    folder = tmp_path / "halved" / "trials"
+    assert checkpoints.finished_steps(folder / out)[-1] == 2
+    answer = sweep(*line)
+    assert answer.code == cli.OK and "going on with successive halving from 2 steps" in answer.err
+    answer = sweep("status", "--workdir", tmp_path / "halved")
+    assert "eliminated" in answer.out and "rung 1, at 2 steps: 1 of 2 go on" in answer.out
+    attempts = json.loads((folder / kept / "trial.json").read_text())["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] == ["paused", "finished"]
+    base = config_lib.load(config, [f"schedule.learning_rate={kept.partition('=')[2]}"])
+    train.train(base, tmp_path / "alone", progress=metrics.Progress())
+    rows = lambda workdir: [
+        {name: value for name, value in row.items() if not name.startswith("perf/")}
+        for row in metrics.read_rows(workdir)
+        if row["step"] == 4 or "train/loss" in row
+    ]
+    assert rows(folder / kept) == rows(tmp_path / "alone")
