@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aaconv.sweep import page, pictures, records, results
+from aaconv.sweep import halving, page, pictures, records, results
 from aaconv.sweep.description import short_key, spell
 from aaconv.sweep.display import duration
 from aaconv.sweep.records import FINISHED, TRIAL, Status, Sweep
@@ -63,6 +63,7 @@ def write_report(
             f"no trial of {sweep.workdir} is finished, so there is nothing to report: {standing(found)}\n{told}\n"
             f"  `aaconv sweep status --workdir {sweep.workdir}` says how it goes"
         )
+    remarks = [*halving.describe(sweep.workdir), *remarks]
     metrics = metrics or [sweep.metric]
     cells = {metric: results.groups(sweep, good, metric) for metric in metrics}
     drawn = {metric: pictures.pictures(sweep, cells[metric], metric) for metric in metrics}

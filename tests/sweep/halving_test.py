@@ -143,6 +143,8 @@ def test_who_goes_on_is_what_it_is_without_halving(sweep, config, tmp_path):
     assert answer.code == cli.OK and "going on with successive halving from 2 steps" in answer.err
     answer = sweep("status", "--workdir", tmp_path / "halved")
     assert "eliminated" in answer.out and "rung 1, at 2 steps: 1 of 2 go on" in answer.out
+    answer = sweep("report", "--workdir", tmp_path / "halved")
+    assert "- rung 1, at 2 steps: 1 of 2 go on" in answer.out and "not in the table, eliminated" in answer.out
     attempts = json.loads((folder / kept / "trial.json").read_text())["attempts"]
     assert [attempt["outcome"] for attempt in attempts] == ["paused", "finished"]
     base = config_lib.load(config, [f"schedule.learning_rate={kept.partition('=')[2]}"])
