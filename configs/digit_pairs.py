@@ -6,7 +6,7 @@ digits, so that without attention its logits are a sum of what each digit gives 
 
 COMMAND: aaconv train --config configs/digit_pairs.py:far --workdir runs/digit_pairs_far    (or :middle, :near)
 SOURCE: this project's own.
-EXPECTED: in ``far`` 53.7% with seed 0, the only run so far; three minutes of a CPU core. No more than 42.6% can be right
+EXPECTED: in ``far`` 53.7% with seed 0, the only run so far; three minutes of a CPU core. At most 42.6% can be right
 without attention (--config.model.attention_ratio=0), 66.7% with attention without positions
 (--config.model.position_encoding=none). ``near`` and ``middle`` were not measured yet.
 """
