@@ -461,6 +461,8 @@ def train(
         # What runs on the devices.
         replicated, split = parallel.replicated(run.mesh), parallel.batch_sharding(run.mesh)
         _, shares = parallel.input_share(run.mesh)
+        # There the compiled step takes a batch as it is, in 0.05 ms instead of 0.4 (2 arrays, on an Intel Xeon).
+        on_host = jax.process_count() == 1 and run.mesh.devices.flat[0].platform == "cpu"
         resident = parallel.to_global(run.train.resident or {}, replicated)
         key = run_key(run)
         empty_window = jax.jit(Window.empty, out_shardings=replicated)
@@ -535,7 +537,9 @@ def train(
                 raise Preempted(f"stopped by {signals.name} in the evaluation of step {step}; run it again")
         while step < end:
             clock.turn_to(Doing.INPUT if step_fn else Doing.FIRST_INPUT, step + 1)
-            batch = parallel.to_global(next(iterator), split, shares)
+            batch = next(iterator)
+            if not on_host:
+                batch = parallel.to_global(batch, split, shares)
             if step_fn is None:
                 with compiling("the step"):
                     step_fn = compile_step(run, state, batch, resident)

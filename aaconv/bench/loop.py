@@ -80,7 +80,7 @@ def run(
     The loop is `aaconv.train.train` itself, in a folder that is thrown away: real data, the loop's own logging as often
     as the config says, no evaluation, no checkpoint. Whenever it has logged, when the devices have nothing left to do,
     it is held up and as many bare steps are run; so the two take turns of ``log_every_steps`` steps, and a drift of the
-    machine hits both. What comes before the first row, such as compiling, does not count.
+    machine hits both. What comes before the second row, such as compiling, does not count.
 
     Args:
       config: from `aaconv.config.load`.
@@ -95,7 +95,7 @@ def run(
       ValueError: the config cannot be run, or the folder cannot be written.
     """
     turns = math.ceil(steps / config.log_every_steps)
-    config = _endless(config, (1 + rounds * turns) * config.log_every_steps)
+    config = _endless(config, (2 + rounds * turns) * config.log_every_steps)
     note("compiling the bare step")
     bare = _Bare(config)
     run = bare.run
@@ -190,11 +190,13 @@ class _Paired(metrics.Lines):
         self._loop_seconds: list[float] = []
         self._bare_seconds: list[float] = []
         self._wait_seconds: list[float] = []
-        self._turn_began: float | None = None
+        self._rows = 0
+        self._turn_began = 0.0
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         super().show(step, values)
-        if self._turn_began is not None:
+        self._rows += 1
+        if self._rows > 2:  # after the first, the loop still compiles what looks for nan
             self._loop_seconds.append(time.perf_counter() - self._turn_began)
             # The loop's clock takes the bare steps for its own: seconds are right, its share is not.
             self._wait_seconds.append(values["perf/input_wait_share"] * self._steps / values["perf/steps_per_sec"])

@@ -425,7 +425,8 @@ def _decode_all(cut: _EvalCut, shape: tuple[int, int, int]) -> Batch:
 def _stream(dataset: grain.MapDataset, placement: str, num_workers: int) -> grain.DatasetIterator:
     """Starts a pipeline whose elements are whole batches."""
     if placement != "workers":
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        # What is in memory is there sooner than a thread could be asked for it.
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
     if num_workers == 0:
         threads = min(_cpus(), 16)  # more would wait for the interpreter
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)))
