@@ -99,7 +99,7 @@ def start(
         host, port = _check_numbers(coordinator, processes, process)
         if processes == 1:
             return
-        _wait_for_name(host, coordinator, min(start_timeout, _NAME_SECONDS), note)
+        _wait_for_name(host, coordinator, start_timeout, note)
         _roll_call(host, port, processes, process, start_timeout, note)
         _begin(processes, process, f"at coordinator {coordinator}", start_timeout)
         jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate", **limits)
@@ -130,7 +130,13 @@ def _check_numbers(coordinator: str, processes: int, process: int) -> tuple[str,
     return host, int(port)
 
 
-def _wait_for_name(host: str, coordinator: str, timeout: float, note: Callable[[str], None]) -> None:
+def _wait_for_name(host: str, coordinator: str, start_timeout: float, note: Callable[[str], None]) -> None:
+    """Waits until the name of process 0's host is known here, which in Kubernetes takes a while.
+
+    Raises:
+      ValueError: nobody knows the name, for half a minute or `start_timeout`.
+      LostError: whoever knows names does not answer, for `start_timeout`.
+    """
     began, noted = time.monotonic(), False
     while True:
         try:
@@ -138,11 +144,19 @@ def _wait_for_name(host: str, coordinator: str, timeout: float, note: Callable[[
             return
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            silent = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+        timeout = start_timeout if silent else min(start_timeout, _NAME_SECONDS)
         waited = time.monotonic() - began
         if waited > timeout:
+            here = socket.gethostname()
+            if silent:
+                raise LostError(
+                    f"--coordinator {coordinator!r}: for {timeout:g} s nobody told {here} where {host!r} is "
+                    f"({reason}): look at the network's name server, and run the same command again"
+                )
             raise ValueError(
-                f"--coordinator {coordinator!r}: {socket.gethostname()} does not know {host!r} ({reason}); give the "
-                "name or the address of process 0's host by which all hosts reach it"
+                f"--coordinator {coordinator!r}: {here} does not know {host!r} ({reason}), and waited {timeout:g} s; "
+                "give the name or the address of process 0's host by which all hosts reach it"
             )
         if waited > _REMARK_SECONDS and not noted:
             note(f"waiting until {host!r} of --coordinator is known ({reason}), for at most {timeout:g} s ...")
@@ -159,11 +173,11 @@ def _start_in_cluster(limits: Mapping[str, Any], start_timeout: float) -> None:
     try:
         jax.distributed.initialize(local_device_ids=devices, **limits)
     except Exception as error:  # What the cluster's own libraries raise is not jax's to name.
-        undo()
         if "must be called before" in str(error):  # Python that used devices first has chosen to be alone.
+            undo()
             return
         reason = str(error).strip().partition("\n")[0][:200]
-        if cluster == _TPU_VM:
+        if cluster == _TPU_VM and _of_metadata(error):
             raise ValueError(
                 "this machine has TPU chips, but no metadata server of Google's cloud tells whether it is one host of "
                 f"several ({reason}): if it is alone, set TPU_SKIP_MDS_QUERY=1; else give --coordinator, --processes "
@@ -176,6 +190,12 @@ def _start_in_cluster(limits: Mapping[str, Any], start_timeout: float) -> None:
     _here.processes, _here.process = jax.process_count(), jax.process_index()
     if _here.processes == 1:
         let_sigterm_end()
+
+
+def _of_metadata(error: Exception) -> bool:
+    """Whether it was the metadata server that failed, and not, say, a first host that is not there yet."""
+    asked = type(error).__module__.partition(".")[0] in ("requests", "urllib3")
+    return asked or "metadata" in str(error).lower()
 
 
 def let_sigterm_end() -> None:

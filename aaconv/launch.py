@@ -8,6 +8,7 @@ command again. What is written here does that wherever the machine lets it.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import shutil
@@ -120,12 +121,17 @@ def slurm(
             "#SBATCH --requeue",
             "",
             *setup,
+            GO_ON,
             f"{_line(srun)} \\",
             f"    {_line(training.words())}",
             *requeue_lines(save_seconds),
             "",
         ]
     )
+
+
+GO_ON = "set +e  # what srun ends with is looked at below"
+"""The line before ``srun``: a setup may have said ``set -e``."""
 
 
 def requeue_lines(save_seconds: int) -> list[str]:
@@ -345,6 +351,10 @@ def tpu_vm(
       https://cloud.google.com/sdk/gcloud/reference/compute/tpus
     """
     found = Slice.parse(topology)
+    if not install.split():
+        raise ValueError(
+            "--install is empty: name what pip is to install on each host, e.g. --install 'aaconv[train,gcs] jax[tpu]'"
+        )
     name = _resource_name(name, "")
     check_line("zone", zone)
     gcloud = ["gcloud", "compute", "tpus"]
@@ -465,12 +475,18 @@ def check_setup(lines: Sequence[str]) -> None:
     if not lines or bash is None:
         return
     script = "".join(f"{line}\n" for line in lines)
-    read = subprocess.run([bash, "--norc", "-n"], input=script, capture_output=True, text=True)  # reads, runs nothing
-    if read.returncode:
-        reason = (read.stderr.strip().splitlines() or [""])[0].removeprefix(f"{bash}: ")
+    quiet = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}  # no remarks on somebody's locale
+    read = subprocess.run(
+        [bash, "--norc", "-n"], input=script, capture_output=True, text=True, env=quiet
+    )  # runs nothing
+    # It only warns of a here-document without end, and takes a last backslash: both swallow the lines that follow.
+    swallows = [line for line in lines if re.search(r"(?<!\\)(\\\\)*\\$", line)]
+    if read.returncode or read.stderr or swallows:
+        said = (read.stderr.strip().splitlines() or [f"{(swallows or [''])[0]!r} goes on in the next line"])[0]
         raise ValueError(
-            f"--setup cannot be read by bash ({reason}): close its quotes and brackets, and quote each line "
-            "as a whole, e.g. --setup 'export NAME=\"a b\"'"
+            f"--setup cannot be read by bash ({said.removeprefix(f'{bash}: ')}): close its quotes, brackets and "
+            "here-documents, end no line with a backslash, and quote each line as a whole, "
+            "e.g. --setup 'export NAME=\"a b\"'"
         )
 
 

@@ -380,19 +380,24 @@ def train(
         ``train_input`` and ``eval_input``.
       progress: how it is shown; by default `metrics.progress`.
       pause_step: a step to return at, evaluated and saved, where it comes before the end of the run, which keeps its
-        length and its schedule; the next call goes on from there.
+        length and its schedule; the next call goes on from there. The same in every process; the row of that
+        evaluation is one more than a run has that does not pause.
 
     Returns:
       The last values of each metric, with ``step`` and ``epoch``.
 
     Raises:
-      ValueError: the config cannot be run, or `workdir` holds another run, or it cannot be
+      ValueError: the config cannot be run, `pause_step` is below 1, or `workdir` holds another run, or it cannot be
         written; nothing in it was changed. Or the disk became full on the way; the run can
         be continued.
       NonFiniteLossError: the loss, a gradient or a weight became nan or infinite.
       Preempted: SIGTERM or SIGINT asked to stop; the state was saved.
       hosts.LostError: another process of the run ended or fell silent.
     """
+    if pause_step is not None and pause_step < 1:
+        raise ValueError(
+            f"pause_step={pause_step} must be at least 1: name a completed step, or None for the whole run"
+        )
     workdir = hosts.together(lambda: checkpoints.check_writable(workdir))
     progress = metrics.progress() if progress is None else progress
     run = hosts.together(lambda: build(config, model, data, training=True))
@@ -630,7 +635,7 @@ def fresh_state(run: Run) -> TrainState:
 
 
 def run_key(run: Run) -> Array:
-    """Returns the data of the key that all of a run's randomness comes from, on every device of its mesh."""
+    """Returns the data of the key that a run's randomness on the devices comes from, on every device of its mesh."""
     data = np.asarray(jax.random.key_data(jax.random.key(run.config.seed)))
     return parallel.to_global({"key": data}, parallel.replicated(run.mesh))["key"]
 

@@ -473,10 +473,18 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
         r"process 1 of 2 \(.*\) waited 1 s for process 0 at localhost:\d+ \(Connection refused\). Check that --coord"
     )
     assert re.search(words, str(error))
-    with pytest.raises(
-        ValueError, match=r"'no-such-host\.invalid:80': .* does not know 'no-such-host\.invalid' \(.+\);"
-    ):
-        hosts.start("no-such-host.invalid:80", 2, 1, start_timeout=1)
+    nowhere = f"{'a' * 64}.invalid"  # 63 letters are the most that a name's part may have
+    with pytest.raises(ValueError, match=rf"'{nowhere}:80': .* does not know '{nowhere}' \(.+\), and waited 1 s; give"):
+        hosts.start(f"{nowhere}:80", 2, 1, start_timeout=1)
+
+
+def test_a_name_server_that_does_not_answer_is_no_wrong_input(monkeypatch):
+    def ask(*_):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    with pytest.raises(hosts.LostError, match=r"for 1 s nobody told .* where 'first' is .* run the same command again"):
+        hosts.start("first:80", 2, 1, start_timeout=1)
 
 
 def test_something_else_at_the_coordinators_port():

@@ -109,7 +109,7 @@ def test_slurm_training_is_stopped_goes_on_and_gives_what_one_process_gives(slur
         for name, value in environment.items()
         if name.startswith(("JAX", "PYTHONP"))
     ]
-    job = slurm.submit(launch.slurm(training, nodes=2, setup=[*setup, "export JAX_NUM_CPU_DEVICES=1"]))
+    job = slurm.submit(launch.slurm(training, nodes=2, setup=[*setup, "export JAX_NUM_CPU_DEVICES=1", "set -e"]))
     try:
         slurm.wait_for(lambda: metrics.read_rows(tmp_path / "two") or "exit code" in slurm.log(job), 240, "first step")
         slurm.call("scancel", "--signal=TERM", job)
@@ -458,6 +458,11 @@ def test_the_command_takes_a_config_that_is_only_in_the_image(capsys):
         ("launch slurm --config nowhere.py --workdir x", "config file 'nowhere.py' does not exist"),
         ("launch slurm --workdir x", "--config is missing"),
         (f'launch slurm {DIGITS} --executable "a \'b"', "is no command for a shell: No closing quotation"),
+        (f"launch slurm {DIGITS} --executable ''", "--executable is empty"),
+        (f"launch tpu-vm --name a --zone b --topology v5e:2x2 {DIGITS} --install ' '", "--install is empty"),
+        (f"launch slurm {DIGITS} --setup 'module load cuda \\'", "end no line with a backslash"),
+        (f"launch slurm {DIGITS} --setup 'cat <<EOF'", "here-document at line 1"),
+        (f"launch slurm {DIGITS} --setup 'if true; then'", "--setup cannot be read by bash ("),
         (f'launch slurm {DIGITS} --setup "echo it\'s"', "--setup cannot be read by bash (line 1: unexpected EOF"),
         (f"launch slurm --nodes 3 --gpus-per-node 8 {DIGITS}", "batch_size=64 must be a multiple of the 24 devices"),
         (f"launch gke --image 'My image' --topology v5e:4x4 {DIGITS}", "--image 'My image' is no name of an image"),

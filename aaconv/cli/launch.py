@@ -169,6 +169,10 @@ def _training(arguments: argparse.Namespace, devices: Sequence[Any] | None) -> A
         executable = shlex.split(arguments.executable)
     except ValueError as error:
         raise UsageError(f"--executable {arguments.executable!r} is no command for a shell: {error}") from error
+    if not executable:
+        raise UsageError(
+            "--executable is empty: name the command that is aaconv on the hosts, e.g. --executable aaconv"
+        )
     return launch.Training(config, workdir, arguments.overrides, executable)
 
 

@@ -373,7 +373,7 @@ def submit(part: Sweep, names: Sequence[str], folder: Path, name: str, resources
         array_parallelism=resources.array_parallelism or len(names),
         stderr_to_stdout=True,
         wckey=None,
-        setup=list(resources.setup) or None,
+        setup=[*resources.setup, launch.GO_ON],
         teardown=launch.requeue_lines(resources.save_seconds),
         srun_args=srun,
         additional_parameters=others,
