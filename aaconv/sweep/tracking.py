@@ -126,7 +126,8 @@ def upload(
         counts = {"parameters": trial.parameters, "flops": trial.flops, "seconds": round(status.seconds, 1)}
         run.summary.update({**status.values, **counts})
         run.finish()
-        records.write_json(folder / UPLOADED, {**where, "id": identity, "url": run.url, "sent": time.time()})
-        note(f"sent {trial.name}{f' to {run.url}' if run.url else ''}")
+        url = None if run.offline else run.url
+        records.write_json(folder / UPLOADED, {**where, "id": identity, "url": url, "sent": time.time()})
+        note(f"sent {trial.name} to {url}" if url else f"wrote {trial.name}, for `wandb sync`")
         sent += 1
     return sent, before

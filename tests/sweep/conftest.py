@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from aaconv import cli
+from aaconv import checkpoints, cli, config as config_lib
+from aaconv.sweep import description, records
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -59,3 +62,35 @@ def sweep(config, capfd) -> Callable[..., Answer]:
         return Answer(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def made_up() -> Callable[..., records.Sweep]:
+    """Makes up a sweep, as `_made_up` says."""
+    return _made_up
+
+
+def _made_up(
+    workdir: Path, config: str, grid: list[str], together: list[str], result, cost=lambda overrides: 75_002, **ran
+) -> records.Sweep:
+    """A sweep whose finished trials have the accuracy ``result(overrides)``; None: not begun; a string: its error."""
+    base = config_lib.load(config)
+    cells = description.from_flags(grid, together)
+    trials = [description.Trial(description.trial_name(cell), cell, cost(cell), 20 * cost(cell)) for cell in cells]
+    with records.opened(checkpoints.check_writable(workdir), base, trials) as sweep:
+        for trial in trials:
+            value = result(trial.overrides)
+            if value is not None:
+                folder = sweep.folder(trial)
+                folder.mkdir(parents=True)
+                attempt = {"started": 1.0, "seconds": 2.0, "outcome": "finished"}
+                attempt |= {name: of(trial.overrides) for name, of in ran.items()}
+                if isinstance(value, str):
+                    attempt |= {"outcome": "failed", "error": value}
+                    records.write_json(folder / "trial.json", {"attempts": [attempt]})
+                    continue
+                values = {"step": 4, "epoch": 1.0, "eval/accuracy": value, "eval/loss": 2 - value}
+                records.write_json(folder / "trial.json", {"attempts": [attempt], "values": values})
+                rows = [{"step": step, "epoch": step / 4, "eval/accuracy": value * step / 4} for step in (1, 2, 4)]
+                (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sweep

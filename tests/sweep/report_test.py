@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
-from aaconv import checkpoints, cli, config as config_lib
-from aaconv.sweep import description, pictures, records, report, results
-
-
-def made_up(
-    workdir: Path, config: str, grid: list[str], together: list[str], result, cost=lambda overrides: 75_002, **ran
-) -> records.Sweep:
-    """A sweep whose finished trials have the accuracy ``result(overrides)``; None: not begun; a string: its error."""
-    base = config_lib.load(config)
-    cells = description.from_flags(grid, together)
-    trials = [description.Trial(description.trial_name(cell), cell, cost(cell), 20 * cost(cell)) for cell in cells]
-    with records.opened(checkpoints.check_writable(workdir), base, trials) as sweep:
-        for trial in trials:
-            value = result(trial.overrides)
-            if value is not None:
-                folder = sweep.folder(trial)
-                folder.mkdir(parents=True)
-                attempt = {"started": 1.0, "seconds": 2.0, "outcome": "finished"}
-                attempt |= {name: of(trial.overrides) for name, of in ran.items()}
-                if isinstance(value, str):
-                    attempt |= {"outcome": "failed", "error": value}
-                    records.write_json(folder / "trial.json", {"attempts": [attempt]})
-                    continue
-                values = {"step": 4, "epoch": 1.0, "eval/accuracy": value, "eval/loss": 2 - value}
-                records.write_json(folder / "trial.json", {"attempts": [attempt], "values": values})
-                rows = [{"step": step, "epoch": step / 4, "eval/accuracy": value * step / 4} for step in (1, 2, 4)]
-                (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return sweep
+from aaconv import cli
+from aaconv.sweep import pictures, records, report, results
 
 
 def cells_of(sweep: records.Sweep) -> list[results.Group]:
     return results.groups(sweep, results.finished(sweep)[0], "eval/accuracy")
 
 
-def test_mean_deviation_and_interval_over_seeds(config, tmp_path):
+def test_mean_deviation_and_interval_over_seeds(made_up, config, tmp_path):
     accuracy = lambda o: 0.9 + o["model.width"] / 100 + (o["seed"] - 1) * o["seed"] / 1000
     sweep = made_up(tmp_path, config, ["model.width=1,2", "seed=0:4"], [], accuracy)
     first, second = cells_of(sweep)
@@ -59,7 +31,7 @@ def test_mean_deviation_and_interval_over_seeds(config, tmp_path):
         assert (group.mean - group.confidence, group.mean + group.confidence) == pytest.approx((low, high))
 
 
-def test_one_seed_has_no_spread_and_nan_spoils_only_its_own_row(config, tmp_path):
+def test_one_seed_has_no_spread_and_nan_spoils_only_its_own_row(made_up, config, tmp_path):
     result = lambda o: math.nan if o["model.width"] == 3 else 0.5
     sweep = made_up(tmp_path, config, [], ["model.width=1,3,3", "seed=0,0,1"], result)
     header, rows = report.table(cells_of(sweep), "eval/accuracy")
@@ -71,14 +43,14 @@ def test_one_seed_has_no_spread_and_nan_spoils_only_its_own_row(config, tmp_path
     assert "one seed" in report.best(cells_of(sweep), "eval/accuracy")
 
 
-def test_trials_that_override_less_have_the_values_of_the_config(config, tmp_path):
+def test_trials_that_override_less_have_the_values_of_the_config(made_up, config, tmp_path):
     made_up(tmp_path, config, ["seed=0,1"], [], lambda o: 0.5)
     sweep = made_up(tmp_path, config, ["model.width=2", "seed=0,1"], [], lambda o: 0.6)
     rows = cells_of(sweep)
     assert {(row.values["model.width"], row.mean, len(row.results)) for row in rows} == {(2, 0.6, 2), (1, 0.5, 2)}
 
 
-def test_a_report_says_what_is_missing_and_what_should_not_differ(config, tmp_path, sweep):
+def test_a_report_says_what_is_missing_and_what_should_not_differ(made_up, config, tmp_path, sweep):
     result = lambda o: None if o["seed"] == 2 else 0.5
     made_up(tmp_path, config, ["seed=0:3"], [], result, jax=lambda o: f"0.1{o['seed']}", device=lambda o: "cpu")
     answer = sweep("report", "--workdir", tmp_path)
@@ -91,7 +63,7 @@ def test_a_report_says_what_is_missing_and_what_should_not_differ(config, tmp_pa
     assert "2 of 3 trials" in (tmp_path / "report.md").read_text()
 
 
-def test_quotes_commas_and_shell_characters_come_back_whole(config, tmp_path, sweep):
+def test_quotes_commas_and_shell_characters_come_back_whole(made_up, config, tmp_path, sweep):
     import csv
 
     values = ["a,b", 'say "hi"', "it's", "$(touch x)|;&", "two words"]
@@ -104,7 +76,7 @@ def test_quotes_commas_and_shell_characters_come_back_whole(config, tmp_path, sw
     assert [trial.overrides["data.data_dir"] for trial in records.load(tmp_path).trials] == values
 
 
-def test_failed_diverged_and_waiting_trials_are_told_apart(config, tmp_path, sweep):
+def test_failed_diverged_and_waiting_trials_are_told_apart(made_up, config, tmp_path, sweep):
     errors = {0: None, 1: "NonFiniteLossError: nan in the loss", 2: "Killed | <b>&", 3: 0.5}
     made_up(tmp_path, config, ["seed=0:4"], [], lambda o: errors[o["seed"]])
     answer = sweep("report", "--workdir", tmp_path)
@@ -114,7 +86,7 @@ def test_failed_diverged_and_waiting_trials_are_told_apart(config, tmp_path, swe
     assert "Killed | &lt;b&gt;&amp;" in page and '<td class="text diverged">diverged</td>' in page
 
 
-def test_a_sweep_without_a_finished_trial_is_told_and_nothing_is_written(config, tmp_path, sweep):
+def test_a_sweep_without_a_finished_trial_is_told_and_nothing_is_written(made_up, config, tmp_path, sweep):
     made_up(tmp_path, config, ["seed=0:2"], [], lambda o: "NonFiniteLossError: nan in the loss" if o["seed"] else None)
     before = sorted(path.name for path in tmp_path.iterdir())
     answer = sweep("report", "--workdir", tmp_path)
@@ -123,7 +95,7 @@ def test_a_sweep_without_a_finished_trial_is_told_and_nothing_is_written(config,
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_the_parquet_table_is_the_csv_table_with_types(config, tmp_path, sweep):
+def test_the_parquet_table_is_the_csv_table_with_types(made_up, config, tmp_path, sweep):
     import csv
 
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -144,7 +116,7 @@ def test_the_parquet_table_is_the_csv_table_with_types(config, tmp_path, sweep):
     assert answer.code == cli.WRONG_INPUT and "neither in .csv nor in .parquet" in answer.err
 
 
-def test_the_front_is_what_nothing_beats_for_as_little(config, tmp_path):
+def test_the_front_is_what_nothing_beats_for_as_little(made_up, config, tmp_path):
     accuracies = {1: 0.5, 2: 0.4, 3: 0.7, 4: 0.7, 5: math.nan, 6: 0.8}
     sweep = made_up(
         tmp_path,
@@ -200,13 +172,13 @@ CURVE = "while_training"
         ),
     ],
 )
-def test_pictures_are_those_that_the_sweep_makes_sense_of(config, tmp_path, grid, together, names):
+def test_pictures_are_those_that_the_sweep_makes_sense_of(made_up, config, tmp_path, grid, together, names):
     sweep = made_up(tmp_path, config, grid, together, lambda o: 0.5 + o.get("seed", 0) / 100)
     found = pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")
     assert {picture.name.removeprefix("eval_accuracy_") for picture in found} == names
 
 
-def test_a_front_needs_costs_that_differ(config, tmp_path):
+def test_a_front_needs_costs_that_differ(made_up, config, tmp_path):
     sweep = made_up(
         tmp_path, config, ["seed=0:2", *KAPPA], [], lambda o: 0.5, cost=lambda o: int(1e7 * o["model.kappa"])
     )
@@ -214,7 +186,7 @@ def test_a_front_needs_costs_that_differ(config, tmp_path):
     assert "eval_accuracy_against_cost" in found
 
 
-def test_the_page_needs_nothing_else_and_shows_each_picture_light_and_dark(config, tmp_path, sweep):
+def test_the_page_needs_nothing_else_and_shows_each_picture_light_and_dark(made_up, config, tmp_path, sweep):
     result = lambda o: 0.5 + o["model.kappa"] + o["seed"] / 100
     made_up(tmp_path, config, [*KAPPA, "seed=0:2"], [], result, cost=lambda o: int(1e7 * o["model.kappa"]))
     (tmp_path / "pictures").mkdir()

@@ -122,7 +122,7 @@ def test_a_trial_that_ran_with_another_config_is_told_and_left_out(swept, sweep)
         assert answer.code == cli.WRONG_INPUT
         assert f"trial {GOOD} ran with another config (num_steps was 9, is 4)" in answer.err
         answer = sweep("report", "--workdir", workdir)
-        assert answer.code == cli.WRONG_INPUT and f"{GOOD} ran on: num_steps was 9, is 4" in answer.err
+        assert answer.code == cli.TRIAL_FAILED and f"{GOOD} ran on: num_steps was 9, is 4" in answer.err
     finally:
         file.write_text(before)
 
@@ -177,14 +177,6 @@ def test_a_trial_that_somebody_has_is_not_run(config, tmp_path):
                 assert not again
             running.work(sweep, retries=0, since=time.time(), is_stopped=lambda: False, wait=False)
         assert not records.is_claimed(folder) and not (folder / "trial.json").exists()
-
-
-def test_a_report_without_a_finished_trial(config, sweep, tmp_path):
-    with open_sweep(tmp_path, config, "seed=0,1"):
-        pass
-    answer = sweep("report", "--workdir", tmp_path)
-    assert answer.code == cli.WRONG_INPUT
-    assert f"no trial of {tmp_path} is finished (not in the table, waiting: seed=0, seed=1): run" in answer.err
 
 
 def test_failures_count_since_the_launcher_started(config, tmp_path):
