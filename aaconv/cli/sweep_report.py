@@ -53,7 +53,7 @@ def _report(arguments: argparse.Namespace) -> int:
     try:
         written = report.write_report(sweep, arguments.metric, note=say)
     except report.NothingFinishedError as error:
-        say(f"error: {error}")
+        say(f"aaconv: error: {error}")
         return TRIAL_FAILED
     pairs = [("page", written.page), ("report", written.path), ("table", results.write_results(sweep, table))]
     tracking.write_tensorboard(sweep)

@@ -111,7 +111,7 @@ def page(
     for section in sections:
         body.append(f"<h2>{escape(section.title)}</h2>")
         body.append(_table(section.header, section.rows, row_of_best=section.row_of_best))
-        body.append(f"<p>{escape(section.remark)}</p>")
+        body += [f"<p>{escape(section.remark)}</p>"] if section.remark else []
         body += map(_figure, section.pictures)
     body.append("<h2>Remarks</h2>")
     body.append("<ul>" + "".join(f"<li>{escape(remark)}</li>" for remark in remarks) + "</ul>")

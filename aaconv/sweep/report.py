@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from aaconv import config as config_lib
 from aaconv.sweep import halving, page, pictures, records, results
 from aaconv.sweep.description import short_key, spell
 from aaconv.sweep.display import duration
@@ -64,14 +65,20 @@ def write_report(
             f"  `aaconv sweep status --workdir {sweep.workdir}` says how it goes"
         )
     remarks = [*halving.describe(sweep.workdir), *remarks]
-    metrics = metrics or [sweep.metric]
+    metrics = list(dict.fromkeys(metrics or [sweep.metric]))
     cells = {metric: results.groups(sweep, good, metric) for metric in metrics}
-    drawn = {metric: pictures.pictures(sweep, cells[metric], metric) for metric in metrics}
+    drawn, names = {}, set()
+    for metric in metrics:  # the training loss is not drawn again with the next metric
+        found_here = pictures.pictures(sweep, cells[metric], metric)
+        drawn[metric] = [picture for picture in found_here if picture.name not in names]
+        names |= {picture.name for picture in found_here}
     title = f"{sweep.base.model.name} on {sweep.base.data.name}: {len(good)} of {len(sweep.trials)} trials"
     parts = [f"# {title}", f"{standing(found)}."]
     for metric in metrics:
         parts += [markdown(*table(cells[metric], metric)), best(cells[metric], metric)]
-    parts.append(f"{INTERVAL}  \n{ran_on(sweep, good)}")
+    several = any(len(cell.results) > 1 for group in cells.values() for cell in group)
+    interval = INTERVAL if several else ""
+    parts.append(f"{interval}  \n{ran_on(sweep, good)}".strip())
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     if others:
@@ -85,7 +92,7 @@ def write_report(
     shown = [picture for several in drawn.values() for picture in several] if paths is not None else []
     links = "".join(f"\n![{picture.title}]({PICTURES}/{picture.name}.png)\n" for picture in shown)
     path = sweep.workdir / REPORT
-    path.write_text(text + links)
+    path.write_text(text + links, encoding="utf-8")
     html = page.page(
         title,
         standing=standing(found),
@@ -94,16 +101,16 @@ def write_report(
                 metric,
                 *table(cells[metric], metric),
                 row_of_best=_row_of_best(cells[metric], metric),
-                remark=f"{best(cells[metric], metric)} {INTERVAL}",
+                remark=f"{best(cells[metric], metric)} {interval}".strip(),
                 pictures=drawn[metric] if paths is not None else [],
             )
             for metric in metrics
         ],
         remarks=[ran_on(sweep, good), *remarks],
         trials=_trials(sweep, found),
-        config=dict(records.config_lib.items(sweep.base)),
+        config=dict(config_lib.items(sweep.base)),
     )
-    (sweep.workdir / PAGE).write_text(html)
+    (sweep.workdir / PAGE).write_text(html, encoding="utf-8")
     return Report(path, sweep.workdir / PAGE, text, paths)
 
 
