@@ -279,7 +279,7 @@ def write_hparams_of_all(
         info = api.HParamInfo(name=name, type=api.DataType.Value(f"DATA_TYPE_{kind}"))
         info.domain_discrete.extend(several)
         infos.append(info)
-    compared = [api.MetricInfo(name=api.MetricName(tag=name, group=within)) for name in names]
+    compared = [api.MetricInfo(name=api.MetricName(tag=name, group=within), display_name=name) for name in names]
     experiment = api.Experiment(hparam_infos=infos, metric_infos=compared)
     _write_hparams(folder, {"experiment": plugin.HParamsPluginData(experiment=experiment)})
 
