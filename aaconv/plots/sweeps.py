@@ -124,6 +124,8 @@ def against(
         _set_ticks(panel, ticks, names or [f"{tick:g}" for tick in ticks], size[0])
         if names:
             panel.set_xlim(-0.5, len(names) - 0.5)
+            if not all(label.get_text() for label in panel.get_xticklabels()):
+                panel.set_xticks(ticks, names, rotation=35, ha="right", rotation_mode="anchor")
         panel.set_ylim(*_limits(points))
     _legend(figure, lines, theme, joined=joined)
     return figure
@@ -278,7 +280,7 @@ def fronts(
     listed = [Line2D([], [], linestyle="", label=f"{number}   {name}") for number, name in names.items()]
     figure.legend(
         handles=listed,
-        loc="outside lower left" if wide else "outside right upper",
+        loc="outside lower left" if wide else "outside right center",
         handlelength=0,
         handletextpad=0,
         title="Pareto front",
@@ -454,4 +456,4 @@ def _legend(figure: Figure, lines: Lines, theme: Theme, *, joined: bool = True, 
         )
         for name in lines.names
     ]
-    figure.legend(handles=handles, loc="outside right upper", title=lines.title, alignment="left", fontsize=8)
+    figure.legend(handles=handles, loc="outside right center", title=lines.title, alignment="left", fontsize=8)

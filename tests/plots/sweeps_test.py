@@ -35,6 +35,15 @@ def test_values_below_an_axis_have_room(values):
     assert all(axes.get_xlim()[0] < x < axes.get_xlim()[1] for x in values)
 
 
+def test_every_name_below_an_axis_is_written():
+    names = [f"train[:{share}%]+validation" for share in (1, 5, 10, 20, 50, 100)]
+    points = [sweeps.Point(x, [float(x)]) for x in range(len(names))]
+    figure = sweeps.against(one_panel({"": points}), xlabel="split", ylabel="y", names=names, joined=False)
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+    assert min(label.get_window_extent().y0 for label in figure.axes[0].get_xticklabels()) > 0  # inside the picture
+
+
 def test_every_run_is_shown_and_an_endless_interval_is_cut():
     points = [sweeps.Point(0, [1.0, 2.0], 6.35), sweeps.Point(1, [1.4, 1.5], 0.6)]
     figure = sweeps.against(one_panel({"": points}), xlabel="x", ylabel="y")
