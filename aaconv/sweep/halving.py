@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aaconv import metrics
 from aaconv.errors import close_matches
 from aaconv.sweep import records
 from aaconv.sweep.description import Trial, trial_name
@@ -131,7 +132,7 @@ class Halving:
     def rungs(self, sweep: Sweep) -> list[dict[str, int]]:
         """Returns the step of each trial at each rung before its end.
 
-        The last rung leaves at least one group to choose from two.
+        There is no rung where but one group is left.
 
         Raises:
           ValueError: trials have different lengths, or there is no rung before their end.
@@ -195,9 +196,12 @@ class Halving:
     def _value(self, sweep: Sweep, trials: Sequence[Trial], until: Mapping[str, int]) -> float | None:
         values = []
         for trial in trials:
-            at_rung = records.read_json(sweep.folder(trial) / TRIAL).get("rungs", {}).get(str(until[trial.name]), {})
-            values.append(at_rung.get(self.metric))
-        known = [value for value in values if value is not None]
+            folder, step = sweep.folder(trial), until[trial.name]
+            found = records.read_json(folder / TRIAL).get("rungs", {}).get(str(step))
+            # One that was finished before the sweep was halved may have been evaluated there all the same.
+            rows = metrics.read_rows(folder) if found is None else [{"step": step, **found}]
+            values += [row.get(self.metric) for row in rows if row["step"] == step]
+        known = [value for value in values if value is not None and math.isfinite(value)]
         return statistics.fmean(known) if known else None
 
 
