@@ -9,7 +9,7 @@ COMMAND: aaconv sweep --config configs/digit_pairs_sweep.py --workdir runs/digit
 SOURCE: this project's own; the question is that of Bello et al. 2019, figure 4, on a task made for it.
 EXPECTED: not measured yet, see experiments/digit_pairs/README.md. What cannot be exceeded: 42.6% without attention,
 66.7% with attention without positions; with relative positions nothing stands in the way of 100%.
-HARDWARE: two CPU cores, just under half an hour by the speed of one run.
+HARDWARE: two CPU cores, just under half an hour by the speed of single runs.
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.data.std = (0.158,)
 
     c.batch_size = 64
-    c.num_epochs = 7.0
+    c.num_epochs = 8.0
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"
@@ -49,8 +49,8 @@ def get_config() -> ConfigDict:
     c.schedule.warmup_percent = 10.0
 
     c.log_every_steps = 126
-    c.eval_every_epochs = 7.0
-    c.checkpoint = ConfigDict({"every_epochs": 3.5})
+    c.eval_every_epochs = 8.0
+    c.checkpoint = ConfigDict({"every_epochs": 4.0})
     return c
 
 
