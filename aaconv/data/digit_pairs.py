@@ -13,7 +13,7 @@ keep 24 pixels from the left and the right edge, so that no zero padding tells w
 nothing of the label. Every digit is in as many images of each label, as often on the left as on the right, and as
 likely at each of the places within the network's stride of 4. So the logits of a convolutional network that averages
 over the image before a linear layer are a sum of what each digit gives alone, whichever side it is on. At most 42.6%
-are then right, where all images of one digit give the same; a numerical search for other scores found 44.4%.
+are then right, where all images of one digit give the same; scores that differ among them are not bounded by it.
 Attention without positions relates the digits as a set: it can tell ``same``, but left from right it cannot, and ends
 at 66.7%. With positions nothing stands in the way of 100%.
 
