@@ -103,6 +103,8 @@ def check(resources: Resources) -> None:
       ValueError: it is not, or an option cannot be; the message says what to do.
       ImportError: submitit is not installed.
     """
+    # It would set up logging for the whole process, which closes what others have set up.
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
     import submitit  # noqa: F401
 
     launch.check_time(resources.time, resources.save_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from aaconv import cli
 from aaconv.sweep import records, slurm as slurm_jobs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,6 @@ def table(workdir: Path) -> list[tuple[str, str, str]]:
 def test_sixteen_trials_two_and_the_launcher_killed_give_the_table_of_an_undisturbed_sweep(
     slurm, long_config, tmp_path
 ):
-    pytest.importorskip("submitit")
     line = ("--config", long_config, "--grid", "schedule.learning_rate=0.05,0.1", "--grid", "seed=0:8")
     workdir = tmp_path / "slurm sweep"
     with launch(slurm.environment, *line, "--workdir", workdir, "--slurm", "--retries", "1") as launcher:
@@ -121,7 +122,6 @@ def test_sixteen_trials_two_and_the_launcher_killed_give_the_table_of_an_undistu
 
 @pytest.mark.slow
 def test_a_trial_on_two_hosts_is_taken_away_queued_again_and_goes_on(slurm, long_config, tmp_path):
-    pytest.importorskip("submitit")
     line = ("--config", long_config, "--grid", "seed=0", "--config.mesh.data=-1", "--config.data.data_dir", tmp_path)
     with launch(slurm.environment, *line, "--workdir", tmp_path / "run", "--slurm", "--nodes", "2") as launcher:
         (running,) = wait_for(lambda: saved_and_running(tmp_path / "run"), launcher)
@@ -137,7 +137,6 @@ def test_a_trial_on_two_hosts_is_taken_away_queued_again_and_goes_on(slurm, long
 
 
 def test_without_slurm_it_says_where_to_run(sweep, tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     answer = sweep("--config", "CONFIG", "--workdir", tmp_path / "run", "--slurm")
     assert answer.code == cli.WRONG_INPUT
@@ -145,9 +144,9 @@ def test_without_slurm_it_says_where_to_run(sweep, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.by_hand  # sinfo looks for a controller for a minute
 @pytest.mark.skipif(shutil.which("sinfo") is None, reason="no Slurm on this machine")
 def test_a_controller_that_is_silent_is_told(sweep, tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))
     answer = sweep("--config", "CONFIG", "--workdir", tmp_path / "run", "--slurm")
     assert answer.code == cli.WRONG_INPUT and "Slurm's controller does not answer (" in answer.err
@@ -155,7 +154,6 @@ def test_a_controller_that_is_silent_is_told(sweep, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_slurm_refuses_is_told_in_its_words(slurm, sweep, tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
     for flags, words in (
@@ -180,7 +178,6 @@ def test_what_slurm_refuses_is_told_in_its_words(slurm, sweep, tmp_path, monkeyp
     ],
 )
 def test_wrong_flags_are_answered_before_slurm_is_asked(sweep, tmp_path, flags, words):
-    pytest.importorskip("submitit")
     answer = sweep("--config", "CONFIG", "--workdir", tmp_path / "run", *flags)
     assert answer.code == cli.WRONG_INPUT and words in answer.err.splitlines()[-1], answer.err
 
