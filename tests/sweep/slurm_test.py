@@ -120,7 +120,7 @@ def test_sixteen_trials_two_and_the_launcher_killed_give_the_table_of_an_undistu
     assert "ended without a word" in attempts(workdir, killed.trial.name)[0]["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_trial_on_two_hosts_is_taken_away_queued_again_and_goes_on(slurm, long_config, tmp_path):
     line = ("--config", long_config, "--grid", "seed=0", "--config.mesh.data=-1", "--config.data.data_dir", tmp_path)
     with launch(slurm.environment, *line, "--workdir", tmp_path / "run", "--slurm", "--nodes", "2") as launcher:
@@ -152,7 +152,7 @@ def test_a_controller_that_is_silent_is_told(sweep, tmp_path, monkeypatch):
     assert answer.code == cli.WRONG_INPUT and "Slurm's controller does not answer (" in answer.err
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_what_slurm_refuses_is_told_in_its_words(slurm, sweep, tmp_path, monkeypatch):
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
