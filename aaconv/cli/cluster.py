@@ -126,7 +126,7 @@ def read_slurm(arguments: argparse.Namespace) -> Resources | None:
         key, equals, value = text.removeprefix("--").partition("=")
         if not equals:
             raise UsageError(f"--sbatch {text} has no value: write --sbatch {key}=VALUE")
-        others[key] = value
+        others[key.replace("_", "-")] = value  # as submitit writes it
     found = dataclasses.replace(slurm.Resources(), **given, others=others)
     slurm.check(found)
     return found

@@ -83,6 +83,7 @@ def styled(theme: Theme = LIGHT) -> Any:
     return matplotlib.rc_context(
         {
             "font.size": 9,
+            "text.parse_math": False,  # a folder's name may hold dollars
             "figure.facecolor": theme.paper,
             "savefig.facecolor": theme.paper,
             "axes.facecolor": theme.paper,

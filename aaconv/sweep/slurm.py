@@ -21,6 +21,7 @@ import dataclasses
 import io
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -109,7 +110,11 @@ def check(resources: Resources) -> None:
 
     launch.check_time(resources.time, resources.save_seconds)
     launch.check_setup(resources.setup)
+    for name in ("partition", "account", "qos", "mem"):
+        launch.check_line(f"--{name}", getattr(resources, name))
     for key, value in resources.others.items():
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+            raise ValueError(f"--sbatch {key}={value}: {key!r} is no long option of sbatch, such as constraint")
         launch.check_line(f"--sbatch {key}", value)
         if key in OWN:
             raise ValueError(f"--sbatch {key}={value}: the sweep sets {key} itself; leave it out")

@@ -36,7 +36,7 @@ def test_values_below_an_axis_have_room(values):
 
 
 def test_every_name_below_an_axis_is_written():
-    names = [f"train[:{share}%]+validation" for share in (1, 5, 10, 20, 50, 100)]
+    names = [*(f"train[:{share}%]+validation" for share in (1, 5, 10, 20, 50)), "$A/$B{"]  # no formula
     points = [sweeps.Point(x, [float(x)]) for x in range(len(names))]
     figure = sweeps.against(one_panel({"": points}), xlabel="split", ylabel="y", names=names, joined=False)
     figure.draw_without_rendering()
