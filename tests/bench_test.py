@@ -128,6 +128,18 @@ def test_one_that_fails_or_cannot_serve_leaves_the_others(bench, monkeypatch):
     assert out.splitlines()[-1].startswith("| factorised ")
 
 
+def test_a_pytorch_whose_libraries_are_missing_leaves_the_others(bench, monkeypatch, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/torch.py").write_text("raise ImportError('libcudnn.so.9: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.delitem(sys.modules, "aaconv.bench.torch_peers", raising=False)
+    names = ("--implementation", "skew", "--implementation", "torch_sdpa_bias")
+    code, out, _, rows = bench("attention", *SHAPES[:2], *names)
+    assert code == cli.OK and [row["status"] for row in rows] == ["measured", "unavailable"]
+    assert "torch_sdpa_bias: PyTorch cannot be imported: libcudnn.so.9" in out
+
+
 def test_interruption_keeps_the_finished_shapes(bench, monkeypatch):
     measure, calls = timing.measure, []
 

@@ -415,8 +415,11 @@ def _prepare_torch(row: Row, inputs: Inputs, device: ahead.Device, limit: float 
         return None
     # PyTorch's profiler, which counts the memory, reports its start, its stop and a missing GPU as errors.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from aaconv.bench import torch_peers
-
+    try:
+        from aaconv.bench import torch_peers
+    except ImportError as error:  # It is there, but its libraries are not.
+        row.skip("unavailable", f"PyTorch cannot be imported: {error}")
+        return None
     try:
         return torch_peers.program(name, inputs, row.dtype, cuda=cuda)
     except NotImplementedError as error:
