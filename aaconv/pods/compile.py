@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,7 +154,10 @@ def find_largest(
     images = model
     while len(tried) < COMPILATIONS:
         fitting = max((n for n, x in tried.items() if x.fits(limit)), default=0)
-        refused = min((n for n, x in tried.items() if not x.fits(limit)), default=None)
+        beyond = [n for n, x in tried.items() if not x.fits(limit)]
+        refused = min(beyond, default=None)
+        if fitting and len(beyond) > 1:  # twice too much: the line of so small a batch says nothing so far away
+            images = min(images, math.isqrt(fitting * min(beyond)))
         size = _granule(images)
         images = max(1, images // size * size)
         if images <= fitting:
