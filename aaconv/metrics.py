@@ -386,7 +386,7 @@ class Lines(Progress):
         if "train/loss" in values and self._began is not None and step > self._began[0]:
             first, began = self._began
             left = (time.monotonic() - began) / (step - first) * (self._total - step)
-            line += f"  {_duration(left)} left"
+            line += f"  {duration(left)} left"
         self.note(line)
 
     def note(self, text: str) -> None:
@@ -462,7 +462,13 @@ def _format(values: Mapping[str, float]) -> str:
     return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)
 
 
-def _duration(seconds: float) -> str:
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric ranks from above; losses rank from below."""
+    return not metric.endswith("loss")
+
+
+def duration(seconds: float) -> str:
+    """Returns ``M:SS`` or ``H:MM:SS``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
+from aaconv.metrics import duration, higher_is_better
 from aaconv.sweep import records
 from aaconv.sweep.records import Status, Sweep
 
@@ -46,7 +47,7 @@ def summary(sweep: Sweep, found: Sequence[Status]) -> str:
 def best_of(sweep: Sweep, found: Sequence[Status]) -> Status | None:
     """Returns the finished trial with the best metric, the first of equals; None without any."""
     known = [s for s in found if s.state == "finished" and math.isfinite(s.values.get(sweep.metric, math.nan))]
-    sign = -1 if sweep.metric.endswith("loss") else 1
+    sign = 1 if higher_is_better(sweep.metric) else -1
     return max(known, key=lambda status: sign * status.values[sweep.metric], default=None)
 
 
@@ -194,10 +195,3 @@ def _repeat(look: Callable[[], Any], ended: threading.Event) -> threading.Thread
 def spell_metric(name: str, value: float) -> str:
     """Returns a value as tables show it: accuracies in percent."""
     return f"{value:.2%}" if name.endswith(("accuracy", "top5")) else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Returns ``M:SS`` or ``H:MM:SS``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

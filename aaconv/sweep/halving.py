@@ -177,7 +177,7 @@ class Halving:
             if len(found["rungs"]) > number:  # another launcher was first
                 return found["rungs"]
             values = {name: self._value(sweep, trials, until) for name, trials in groups.items()}
-            sign = 1 if self.metric.endswith("loss") else -1
+            sign = -1 if metrics.higher_is_better(self.metric) else 1
             # The first described of equals; what has no value, because it failed or is nan, comes last.
             ranked = sorted(values, key=lambda name: _last(values[name], sign))
             keep = ranked[: max(1, len(ranked) // self.factor)]

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from aaconv import metrics
+from aaconv.metrics import higher_is_better
 from aaconv.sweep.description import short_key, spell
 from aaconv.sweep.records import Sweep
-from aaconv.sweep.results import Group, higher_is_better, in_front, in_percent
+from aaconv.sweep.results import Group, in_front, in_percent
 
 UNITS = {
     "model.kappa": "share of features",

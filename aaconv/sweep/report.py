@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aaconv import config as config_lib
+from aaconv.metrics import duration
 from aaconv.sweep import halving, page, pictures, records, results
 from aaconv.sweep.description import short_key, spell
-from aaconv.sweep.display import duration
 from aaconv.sweep.records import FINISHED, TRIAL, Status, Sweep
 from aaconv.sweep.results import Group, in_percent
 

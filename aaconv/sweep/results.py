@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aaconv.errors import close_matches
+from aaconv.metrics import higher_is_better
 from aaconv.sweep import records
 from aaconv.sweep.description import Trial
 from aaconv.sweep.records import FAILED, FINISHED, TRIAL, Status, Sweep
@@ -237,11 +238,6 @@ def groups(sweep: Sweep, found: Sequence[Status], metric: str) -> list[Group]:
         every_values, trials, results = zip(*group, strict=True)
         cells.append(Group(every_values[0], trials, results))
     return cells
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a metric ranks from above; losses rank from below."""
-    return not metric.endswith("loss")
 
 
 def best(cells: Sequence[Group], metric: str) -> Group | None:

@@ -25,12 +25,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aaconv import metrics, train
+from aaconv import launch, metrics, train
 from aaconv.sweep import records, tracking
 from aaconv.sweep.description import Trial
 from aaconv.sweep.records import FAILED, FINISHED, KILLED, OUTPUT, PAUSED, PROGRESS, STOPPED, TRIAL, Sweep
 
-STOPPED_CODE = 75
 POLL_SECONDS = 0.3
 ERROR_LINES = 12
 
@@ -474,7 +473,7 @@ def worker() -> int:
                 capture=True,
             )
         except train.Preempted:
-            return STOPPED_CODE
+            return launch.SAVED
     return 0
 
 

@@ -445,5 +445,5 @@ def _run_in_job(workdir: Path, name: str, until: int | None, number: str) -> int
             train.train(sweep.config(trial), sweep.folder(trial), progress=metrics.Progress(), pause_step=until)
         except train.Preempted as error:
             print(error)
-            return running.STOPPED_CODE
+            return launch.SAVED
     return 0
