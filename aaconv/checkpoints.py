@@ -431,7 +431,12 @@ def _read_twice(read: Callable[[], _T]) -> _T:
 def _quiet_threads(on_error: Callable[[BaseException], None]) -> Iterator[None]:
     """Keeps orbax's threads from logging the traceback of an error that `Checkpoints.wait` raises; hands it on."""
 
-    failed = False
+    failed, hook = False, sys.unraisablehook
+
+    def unless_late(unraisable: Any) -> None:
+        # After a failed write, threads of tensorstore have results for a loop that is closed: a traceback for each.
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
 
     def wanted(record: logging.LogRecord) -> bool:
         nonlocal failed
@@ -446,6 +451,7 @@ def _quiet_threads(on_error: Callable[[BaseException], None]) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:
         logger.addFilter(wanted)
+    sys.unraisablehook = unless_late
     try:
         yield
     except BaseException:
@@ -454,6 +460,8 @@ def _quiet_threads(on_error: Callable[[BaseException], None]) -> Iterator[None]:
     finally:
         if failed:
             gc.collect()  # asyncio logs an error that nobody awaited when its future is deleted
+        if sys.unraisablehook is unless_late:
+            sys.unraisablehook = hook
         for logger in loggers:
             logger.removeFilter(wanted)
 

@@ -544,7 +544,7 @@ def _on_abort(number: int) -> None:
     code = _here.leaving
     if code is None and _here.spoken.acquire(blocking=False):
         code = LOST
-        os.write(2, f"aaconv: error: {_here.message()}\n".encode())
+        _say(f"aaconv: error: {_here.message()}")
     os._exit(LOST if code is None else code)
 
 
@@ -647,8 +647,14 @@ def _is_loss(error: BaseException) -> bool:
 def _end(error: BaseException) -> None:
     if _here.leaving is None and _here.spoken.acquire(blocking=False):
         text = f"{error}" if isinstance(error, LostError | ValueError) else f"{type(error).__name__}: {error}"
-        os.write(2, f"aaconv: error: {text}\n".encode())
+        _say(f"aaconv: error: {text}")
         os._exit(LOST if isinstance(error, LostError) else FAILED)
+
+
+def _say(line: str) -> None:
+    # The disk that became full may hold standard error as well: this process must end all the same.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
 
 
 def leave(code: int, *, failed: bool) -> None:
@@ -662,8 +668,9 @@ def leave(code: int, *, failed: bool) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # Either may lie on a disk that is full.
+            file.flush()
     _here.leaving = code
     if not failed:
         with contextlib.suppress(Exception):  # It has done all it had to do.

@@ -226,6 +226,7 @@ def test_a_full_disk_then_a_kill_then_the_end(tmp_path, launch, undisturbed, con
     resource.prlimit(full.processes[0].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     assert full.wait(60) == [2, hosts.LOST], full.err(0)
     assert "cannot be written (File too large); last good checkpoint" in full.said(0)
+    assert "Traceback" not in full.err(0)
     assert_lost(full, 1)
 
     killed = launch(started)
@@ -238,6 +239,32 @@ def test_a_full_disk_then_a_kill_then_the_end(tmp_path, launch, undisturbed, con
     assert rows(tmp_path / "run") == rows(undisturbed)
     for_both = [weights(workdir, STEPS) for workdir in (tmp_path / "run", undisturbed)]
     assert for_both[0] == for_both[1]
+
+
+WITHOUT_A_WORD = """
+import resource, sys, time
+from aaconv import hosts
+
+i = int(sys.argv[2])
+hosts.start(sys.argv[1], 2, i, start_timeout=60, heartbeat_timeout=10)
+with hosts.Watch() as others:
+    hosts.exchange("ready")
+    if i == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a full disk, with standard error on it
+        others.cannot_write(ValueError("the disk is full"))
+        time.sleep(60)
+    hosts.exchange("never")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_even_where_its_last_words_cannot_be_written(launch):
+    port = free_port()
+    run = launch([[sys.executable, "-c", WITHOUT_A_WORD, f"localhost:{port}", i] for i in range(2)])
+    assert run.processes[0].wait(60) == hosts.FAILED, run.err(0)
+    assert "the disk is full" not in run.err(0)
+    assert run.processes[1].wait(60) != 0
+    assert "lost contact" in run.err(1)
 
 
 def assert_lost(run: Launched, i: int) -> None:
