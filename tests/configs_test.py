@@ -106,7 +106,7 @@ def test_builds(name, parameters):
 # Sweeps, how many trials they have, and their parameters in millions, in order, where the paper has them.
 SWEEPS = {
     "cifar100_small_sweep.py": (12, None),
-    "digit_pairs_sweep.py": (30, None),
+    "digit_pairs_sweep.py": (48, None),
     "paper_imagenet_sweep.py:attention_ratio": (9, "25.6 24.3 24.3 22.3 22.3 20.7 20.7 19.4 19.4"),
     "paper_imagenet_sweep.py:position_encodings": (4, "25.8 25.8 25.8 25.8"),
     "paper_imagenet_sweep.py:heads": (4, None),

@@ -21,7 +21,7 @@ def main() -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        len(digit_pairs.GAPS), len(digit_pairs.LABELS), figsize=(9, 2), layout="constrained", squeeze=False
+        len(digit_pairs.GAPS), len(digit_pairs.LABELS), figsize=(9, 1.5), layout="constrained", squeeze=False
     )
     for row, config in zip(axes, digit_pairs.GAPS, strict=True):
         pairs = digit_pairs.pairs(config, "test")
