@@ -401,7 +401,7 @@ def train(
     workdir = hosts.together(lambda: checkpoints.check_writable(workdir))
     progress = metrics.progress() if progress is None else progress
     run = hosts.together(lambda: build(config, model, data, training=True))
-    _check_hosts_alike(config)
+    _check_hosts_alike(config, pause_step=pause_step)
     hosts.check_same_folder(workdir)
     assert run.plan is not None
     plan, total_steps = run.plan, run.plan.total_steps
@@ -615,8 +615,9 @@ def _batch_norm_examples(run: Run) -> int:
     return run.config.batch_size // run.config.accumulate_steps // run.mesh.shape[parallel.GROUP]
 
 
-def _check_hosts_alike(config: ConfigDict) -> None:
+def _check_hosts_alike(config: ConfigDict, **arguments: Any) -> None:
     named = {"config": _flat(_as_dict(config)), "code": hosts.code_revision(), "version": checkpoints.versions()}
+    named["argument"] = arguments
     hosts.check_alike({f"{kind} {key}": value for kind, facts in named.items() for key, value in facts.items()})
 
 

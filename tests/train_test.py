@@ -147,13 +147,16 @@ class Recorder(metrics.Progress):
         self.notes.append(text)
 
 
-def run(workdir, *, poison=0, on_batch=None, progress=None, model=None, **settings) -> dict[str, float]:
+def run(
+    workdir, *, poison=0, on_batch=None, progress=None, model=None, pause_step=None, **settings
+) -> dict[str, float]:
     return train.train(
         make_config(**settings),
         workdir,
         model=model or Net(),
         data=source(poison, on_batch),
         progress=progress or Recorder(),
+        pause_step=pause_step,
     )
 
 
@@ -370,6 +373,20 @@ def test_a_stopped_run_continues_as_if_it_had_not(undisturbed, tmp_path, at_step
     run(tmp_path, progress=recorder)
     assert any(f"from step {at_step} of 12" in note for note in recorder.notes)
     assert_equals_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_paused_run_is_evaluated_and_goes_on_as_if_it_had_not(undisturbed, tmp_path):
+    paused = run(tmp_path, pause_step=5)
+    assert paused["step"] == 5 and "eval/accuracy" in paused
+    assert checkpoints.finished_steps(tmp_path)[-1] == 5
+    assert run(tmp_path)["step"] == rows(undisturbed)[-1]["step"]
+    whole = rows(undisturbed)
+    more = [row for row in rows(tmp_path) if row not in whole]
+    assert [row["step"] for row in more] == [5] and "eval/loss" in more[0]
+    assert [row for row in rows(tmp_path) if row not in more] == whole
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(undisturbed))
+    with pytest.raises(ValueError, match="pause_step=0 must be at least 1"):
+        run(tmp_path, pause_step=0)
 
 
 @pytest.mark.slow
