@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tracemalloc  # noqa: F401  pytest imports it in the test that has no file left to open
 import zlib
 from pathlib import Path
@@ -289,3 +291,35 @@ def test_one_run_at_a_time(tmp_path):
             pass
     with checkpoints.lock(tmp_path):
         pass
+
+
+ASKED_TO_STOP = """
+import os, signal, socket, sys, time
+import jax
+from jax.experimental import multihost_utils
+from aaconv import checkpoints
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    coordinator = "127.0.0.1:%d" % free.getsockname()[1]
+jax.distributed.initialize(coordinator, 1, 0, cluster_detection_method="deactivate")
+with checkpoints.Checkpoints(sys.argv[1]) as saver:
+    assert not multihost_utils.reached_preemption_sync_point(1)
+    items = {"model": {"a": jax.numpy.ones(2)}, "training": {"step": jax.numpy.int32(0)}}
+    saver.save(1000, items, {})
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2)  # jax looks for the signal once a second
+    for step in range(2, 50):
+        if multihost_utils.reached_preemption_sync_point(step):
+            print("stopped at", step)
+            break
+        time.sleep(0.1)
+"""
+
+
+def test_sigterm_after_a_save_stops_training_of_several_processes(tmp_path):
+    """jax asks them all, here one, by numbers that a save must not disturb."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_TO_STOP, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.startswith("stopped at "), done.stdout + done.stderr
