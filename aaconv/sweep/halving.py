@@ -2,9 +2,10 @@
 
 At each rung the trials that are left pause, are evaluated, and the best ``1 / factor`` of them go on. Each keeps the
 schedule of its whole length, so that one which is never stopped computes what it computes without halving, bit for
-bit. Trials that differ in their seed alone are judged together, by their mean. All have to reach a rung before it is
-decided: processors may idle for a while, but what is decided does not depend on who was fast. Decisions are written
-into ``halving.json`` and never revised.
+bit. Trials that differ in their seed alone, a cell, are judged together, by their mean; a cell of which a trial failed
+or diverged comes after all whole ones. All have to reach a rung before it is decided, or to have failed as often as
+they may: processors may idle for a while, but what is decided does not depend on who was fast. Decisions are written
+into ``halving.json``, with the reasons of trials that had no value, and never revised.
 
 References:
   Karnin, Koren and Somekh, Almost Optimal Exploration in Multi-Armed Bandits, ICML 2013: sequential halving.
@@ -31,10 +32,12 @@ from aaconv.errors import close_matches
 from aaconv.sweep import records
 from aaconv.sweep.description import Trial, trial_name
 from aaconv.sweep.display import spell_metric
-from aaconv.sweep.records import HALVING, TRIAL, Sweep
+from aaconv.sweep.records import FAILED, HALVING, TRIAL, Sweep
+from aaconv.sweep.results import few, outcome
 
-METRICS = ("eval/accuracy", "eval/top5", "eval/loss")
 UNITS = ("epochs", "steps")
+WAIT_SECONDS = 0.3
+TOLD = 4  # trials without a value at a rung
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Halving:
           >>> Halving.parse("1.5 epochs", 3, "eval/loss").describe()
           'from 1.5 epochs, one in 3 by eval/loss'
         """
+        from aaconv.train import EVAL_METRICS
+
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", budget.strip())
         unit = f"{match[2].rstrip('s')}s" if match else ""
         if match is None or unit not in UNITS or not float(match[1]):
@@ -73,9 +78,11 @@ class Halving:
             raise ValueError(f"--halving {budget!r}: steps are whole; write {math.ceil(minimum)}steps")
         if factor < 2:
             raise ValueError(f"--halving-factor {factor} must be at least 2, for one in so many goes on")
-        if metric not in METRICS:
-            near = close_matches(metric, METRICS) or f": it is one of {', '.join(METRICS)}"
-            raise ValueError(f"--halving-metric {metric!r} is not measured by an evaluation{near}")
+        if metric not in EVAL_METRICS:
+            near = close_matches(metric, EVAL_METRICS) or f": it is one of {', '.join(EVAL_METRICS)}"
+            raise ValueError(
+                f"--halving-metric {metric!r}, else checkpoint.best_metric, is not measured by an evaluation{near}"
+            )
         return cls(minimum, unit, factor, metric)
 
     def describe(self) -> str:
@@ -84,6 +91,8 @@ class Halving:
     def parts(self, sweep: Sweep) -> Iterator[Sweep]:
         """Yields what is to be run, one rung after another, and decides when it is asked for the next.
 
+        Where no trial at all has a value at a rung, nothing is decided and nothing more is yielded.
+
         Args:
           sweep: which; as of `aaconv.sweep.records.opened`.
 
@@ -91,36 +100,47 @@ class Halving:
           ValueError: there is no rung before the end of the runs, or `begin` would refuse.
         """
         rungs = self.rungs(sweep)
-        self.begin(sweep)
-        groups = by_group(sweep.trials)
+        self.begin(sweep, rungs)
+        cells = by_cell(sweep.trials)
         for number, until in enumerate(rungs):
             decided = records.read_json(sweep.workdir / HALVING)["rungs"]
             if number >= len(decided):
-                names = [trial.name for name in groups for trial in groups[name]]
-                yield sweep.part(names, until)
-                decided = self._decide(sweep, number, until, groups)
-            groups = {name: groups[name] for name in decided[number]["kept"]}
-        yield sweep.part([trial.name for trials in groups.values() for trial in trials], {})
+                part = sweep.part([trial.name for trials in cells.values() for trial in trials], until)
+                yield part
+                while self._tried_elsewhere(part):
+                    time.sleep(WAIT_SECONDS)
+                    yield sweep.part([], {})  # Whoever runs the parts looks for signals then.
+                decided = self._decide(part, number, cells)
+                if len(decided) <= number:
+                    return
+            cells = {name: cells[name] for name in decided[number]["kept"]}
+        yield sweep.part([trial.name for trials in cells.values() for trial in trials], {})
 
-    def begin(self, sweep: Sweep) -> None:
+    def begin(self, sweep: Sweep, rungs: Sequence[Mapping[str, int]]) -> None:
         """Writes down that a sweep is halved, or checks that it is so in the same way.
 
+        Args:
+          sweep: which.
+          rungs: as of `rungs`.
+
         Raises:
-          ValueError: the workdir has been decided in another way, or among other trials.
+          ValueError: the workdir is halved in another way, or has been decided among other trials, or trials that ran
+            before were not evaluated at a rung.
         """
         file = sweep.workdir / HALVING
         with _alone(sweep.workdir):
             found = records.read_json(file)
             names = [trial.name for trial in sweep.trials]
+            before = _read(file, found) if found else self
+            if before != self:
+                raise ValueError(
+                    f"{sweep.workdir} is halved {before.describe()}, and not {self.describe()}: name a new --workdir, "
+                    f"or move {file} away to have it decided anew"
+                )
+            self._check_evaluated(sweep, rungs[len(found.get("rungs", [])) :])
             if not found.get("rungs"):
                 records.write_json(file, {**dataclasses.asdict(self), "trials": names, "rungs": []})
                 return
-            before = _read(found)
-            if before != self:
-                raise ValueError(
-                    f"{sweep.workdir} was halved {before.describe()}, and not {self.describe()}: name a new --workdir, "
-                    f"or move {file} away to have it decided anew"
-                )
             others = sorted(set(names) ^ set(found["trials"]))
             if others:
                 raise ValueError(
@@ -132,7 +152,7 @@ class Halving:
     def rungs(self, sweep: Sweep) -> list[dict[str, int]]:
         """Returns the step of each trial at each rung before its end.
 
-        There is no rung where but one group is left.
+        There is no rung where but one cell is left.
 
         Raises:
           ValueError: trials have different lengths, or there is no rung before their end.
@@ -154,7 +174,7 @@ class Halving:
                 f"{longest:g}: give all one length, or count in {UNITS[self.unit == 'epochs']}"
             )
         found: list[dict[str, int]] = []
-        budget, left = self.minimum, len(by_group(sweep.trials))
+        budget, left = self.minimum, len(by_cell(sweep.trials))
         while budget < shortest - 1e-6 and left > 1:
             until = {name: max(1, round(budget * steps)) for name, steps in ahead.items()}
             if any(until[name] >= total for name, total in totals.items()):
@@ -169,90 +189,168 @@ class Halving:
             )
         return found
 
-    def _decide(
-        self, sweep: Sweep, number: int, until: Mapping[str, int], groups: Mapping[str, Sequence[Trial]]
-    ) -> list[dict[str, Any]]:
-        with _alone(sweep.workdir):
-            found = records.read_json(sweep.workdir / HALVING)
+    def _check_evaluated(self, sweep: Sweep, rungs: Sequence[Mapping[str, int]]) -> None:
+        """Raises where a trial that ran before the sweep was halved is past a rung and cannot be judged there."""
+        from aaconv import checkpoints
+
+        out = records.eliminated(sweep.workdir)
+        missing: dict[str, int] = {}
+        evaluated: list[set[int]] = []
+        for trial in sweep.trials:
+            ahead = [until[trial.name] for until in rungs]
+            folder = sweep.folder(trial)
+            if trial.name in out or not ahead or not folder.exists():
+                continue
+            is_finished = bool(records.read_json(folder / TRIAL).get("values"))
+            reached = math.inf if is_finished else max(checkpoints.finished_steps(folder), default=0)
+            without = [step for step in ahead if step < reached and not self._evaluations(sweep, trial, step)]
+            if without:
+                missing[trial.name] = without[0]
+                evaluated.append({row["step"] for row in metrics.read_rows(folder) if self.metric in row})
+        if missing:
+            there = sorted(set.intersection(*evaluated))
+            raise ValueError(
+                f"--halving {self.minimum:g}{self.unit} compares trials by {self.metric}, and {len(missing)} of "
+                f"{len(sweep.trials)} ran before without being evaluated there: "
+                f"{few([f'{name} at step {step}' for name, step in missing.items()])}; name a new --workdir, or "
+                "another budget" + (f" (they were evaluated at step {', '.join(map(str, there[:5]))})" if there else "")
+            )
+
+    def _tried_elsewhere(self, part: Sweep) -> bool:
+        """Whether another launcher, which may have been given more retries, runs a trial that has no value yet."""
+        return any(
+            records.is_claimed(part.folder(trial)) and not self._evaluations(part, trial, part.until[trial.name])
+            for trial in part.trials
+        )
+
+    def _decide(self, part: Sweep, number: int, cells: Mapping[str, Sequence[Trial]]) -> list[dict[str, Any]]:
+        """Returns the decisions that there are, with that of a rung if any of its trials has a value."""
+        with _alone(part.workdir):
+            found = records.read_json(part.workdir / HALVING)
             if len(found["rungs"]) > number:  # another launcher was first
                 return found["rungs"]
-            values = {name: self._value(sweep, trials, until) for name, trials in groups.items()}
+            judged = {name: self._judge(part, trials) for name, trials in cells.items()}
+            if all(cell.mean is None for cell in judged.values()):
+                return found["rungs"]
             sign = -1 if metrics.higher_is_better(self.metric) else 1
-            # The first described of equals; what has no value, because it failed or is nan, comes last.
-            ranked = sorted(values, key=lambda name: _last(values[name], sign))
+            ranked = sorted(judged, key=lambda name: judged[name].rank(sign))  # the first described of equals
             keep = ranked[: max(1, len(ranked) // self.factor)]
             found["rungs"].append(
                 {
                     "budget": f"{self.minimum * self.factor**number:g} {self.unit}",
                     "decided": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    "values": {name: values[name] for name in ranked},
+                    "values": {name: judged[name].mean for name in ranked},
+                    "seeds": {name: [judged[name].known, judged[name].trials] for name in ranked},
+                    "without": {trial: why for name in ranked for trial, why in judged[name].without.items()},
                     "kept": keep,
-                    "eliminated": [trial.name for name in ranked[len(keep) :] for trial in groups[name]],
+                    "eliminated": [trial.name for name in ranked[len(keep) :] for trial in cells[name]],
                 }
             )
-            records.write_json(sweep.workdir / HALVING, found)
+            records.write_json(part.workdir / HALVING, found)
             return found["rungs"]
 
-    def _value(self, sweep: Sweep, trials: Sequence[Trial], until: Mapping[str, int]) -> float | None:
-        values = []
+    def _judge(self, part: Sweep, trials: Sequence[Trial]) -> _Judged:
+        known: list[float] = []
+        without: dict[str, str] = {}
         for trial in trials:
-            folder, step = sweep.folder(trial), until[trial.name]
-            found = records.read_json(folder / TRIAL).get("rungs", {}).get(str(step))
-            # One that was finished before the sweep was halved may have been evaluated there all the same.
-            rows = metrics.read_rows(folder) if found is None else [{"step": step, **found}]
-            values += [row.get(self.metric) for row in rows if row["step"] == step]
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        return statistics.fmean(known) if known else None
+            value = next(iter(self._evaluations(part, trial, part.until[trial.name])), None)
+            if value is not None and math.isfinite(value):
+                known.append(value)
+            else:
+                without[trial.name] = _why(records.status(part, trial), self.metric)
+        return _Judged(statistics.fmean(known) if known else None, len(trials), without)
+
+    def _evaluations(self, sweep: Sweep, trial: Trial, step: int) -> list[float | None]:
+        """Returns the metric of the evaluation at a step, None for nan; [] where there was none."""
+        folder = sweep.folder(trial)
+        found = records.read_json(folder / TRIAL).get("rungs", {}).get(str(step))
+        # One that was finished before the sweep was halved may have been evaluated there all the same.
+        rows = metrics.read_rows(folder) if found is None else [{"step": step, **found}]
+        return [row[self.metric] for row in rows if row["step"] == step and self.metric in row]
 
 
-def _last(value: float | None, sign: int) -> tuple[bool, float]:
-    return (value is None, 0.0 if value is None else sign * value)
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """A cell at a rung: the mean of its trials that have a value, how many trials it has, and why others have none."""
+
+    mean: float | None
+    trials: int
+    without: Mapping[str, str]
+
+    @property
+    def known(self) -> int:
+        return self.trials - len(self.without)
+
+    def rank(self, sign: int) -> tuple[float, float]:
+        # By what is left of it, an unstable cell could win.
+        return len(self.without) / self.trials, 0.0 if self.mean is None else sign * self.mean
 
 
-def by_group(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+def _why(status: records.Status, metric: str) -> str:
+    if status.state != FAILED:
+        return f"{metric} is not finite"
+    attempts = f" in {status.attempts} attempts" if status.attempts > 1 else ""
+    said = status.error.splitlines()
+    return f"{outcome(status)}{attempts}" + (f": {said[-1]}" if said else "")
+
+
+def by_cell(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     """Returns the trials that differ in their seed alone, by the name they would have without it.
 
     Example:
-      >>> list(by_group([Trial("k=1,seed=0", {"model.kappa": 1.0, "seed": 0}), Trial("b", {"seed": 1})]))
+      >>> list(by_cell([Trial("k=1,seed=0", {"model.kappa": 1.0, "seed": 0}), Trial("b", {"seed": 1})]))
       ['kappa=1.0', 'base']
     """
-    groups: dict[str, list[Trial]] = {}
+    cells: dict[str, list[Trial]] = {}
     for trial in trials:
         rest = {key: value for key, value in trial.overrides.items() if key != "seed"}
-        groups.setdefault(trial_name(rest), []).append(trial)
-    return groups
+        cells.setdefault(trial_name(rest), []).append(trial)
+    return cells
 
 
 def recorded(workdir: Path) -> Halving | None:
-    """Returns how a sweep is halved, None where it is not."""
+    """Returns how a sweep is halved, None where it is not.
+
+    Raises:
+      ValueError: ``halving.json`` is something else.
+    """
     found = records.read_json(workdir / HALVING)
-    return _read(found) if found else None
+    return _read(workdir / HALVING, found) if found else None
 
 
 def describe(workdir: Path) -> list[str]:
-    """Says in a line a rung who was compared by what, and who goes on; [] where a sweep is not halved."""
+    """Says of each rung who was compared by what, who goes on and who had no value; [] where a sweep is not halved."""
     found = records.read_json(workdir / HALVING)
     if not found:
         return []
-    halving = _read(found)
+    halving = _read(workdir / HALVING, found)
     lines = [f"successive halving {halving.describe()}"]
     for number, rung in enumerate(found["rungs"], 1):
         values, kept = rung["values"], rung["kept"]
-        said = ", ".join(f"{name} {_spell(values[name], halving.metric)}" for name in kept)
+        spell = lambda name, rung=rung: f"{name} {_spell(rung, name, halving.metric)}"
+        said = ", ".join(map(spell, kept))
         line = f"rung {number}, at {rung['budget']}: {len(kept)} of {len(values)} go on: {said}"
         next_best = next((name for name in values if name not in kept), None)  # from the best to the worst
-        lines.append(
-            line if next_best is None else f"{line}; not {next_best} {_spell(values[next_best], halving.metric)}"
-        )
+        lines.append(line if next_best is None else f"{line}; not {spell(next_best)}")
+        without = [f"{name}: {why}" for name, why in rung.get("without", {}).items()]
+        lines += [f"rung {number}, without a value: {text}" for text in without[:TOLD]]
+        lines += [f"rung {number}, without a value: {len(without) - TOLD} more"] if len(without) > TOLD else []
     return lines
 
 
-def _spell(value: float | None, metric: str) -> str:
-    return "(no value)" if value is None else spell_metric(metric, value)
+def _spell(rung: Mapping[str, Any], name: str, metric: str) -> str:
+    value = rung["values"][name]
+    known, trials = rung.get("seeds", {}).get(name, (1, 1))
+    if value is None:
+        return "(no value)"
+    return spell_metric(metric, value) + (f" ({known} of {trials} seeds)" if known < trials else "")
 
 
-def _read(found: Mapping[str, Any]) -> Halving:
-    return Halving(**{field.name: found[field.name] for field in dataclasses.fields(Halving)})
+def _read(file: Path, found: Mapping[str, Any]) -> Halving:
+    try:
+        return Halving(**{field.name: found[field.name] for field in dataclasses.fields(Halving)})
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}, so it says no successive halving: move it away") from error
 
 
 @contextlib.contextmanager

@@ -320,11 +320,11 @@ def run(
     Raises:
       Preempted: SIGTERM or SIGINT asked to stop, and the running trials saved their state; those of a cluster go on.
     """
-    since = time.time()
     with train.Signals() as signals:
         try:
             with displayed(), compiling_once():
                 for part in parts(sweep) if parts else [sweep]:
+                    since = time.time()  # a failure at an earlier rung is no attempt at this one
                     if cluster is not None:
                         cluster(part, retries=retries, since=since, signals=signals)
                     elif jobs == 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aaconv import checkpoints, cli, config as config_lib, metrics, train
-from aaconv.sweep import description, halving, records
+from aaconv.sweep import description, halving, records, running
 from aaconv.sweep.halving import Halving
 
 GRID = ("schedule.learning_rate=0.1,0.2,0.3,0.4,0.5,0.6", "seed=0:2")
@@ -41,7 +41,7 @@ def test_the_best_of_each_rung_go_on_with_all_their_seeds(config, tmp_path):
         parts = Halving.parse("4steps", 2, "eval/accuracy").parts(sweep)
         first = next(parts)
         assert len(first.trials) == 12 and set(first.until.values()) == {4}
-        # The mean over seeds decides: 0.1 is best with one seed and bad with the other; 0.4 has failed.
+        # The mean over seeds decides: 0.1 is best with one seed and bad with the other; 0.4 has diverged.
         by_rate = {
             0.1: (0.9, 0.0),
             0.2: (0.5, 0.5),
@@ -64,7 +64,9 @@ def test_the_best_of_each_rung_go_on_with_all_their_seeds(config, tmp_path):
     lines = halving.describe(tmp_path)
     assert lines[0] == "successive halving from 4 steps, one in 2 by eval/accuracy"
     assert lines[1].startswith("rung 1, at 4 steps: 3 of 6 go on: learning_rate=0.3 65.00%, learning_rate=0.5 62.50%")
-    assert lines[1].endswith("; not learning_rate=0.1 45.00%") and len(lines) == 3
+    assert lines[1].endswith("; not learning_rate=0.1 45.00%")
+    name = "learning_rate=0.4,seed=0"
+    assert lines[2] == f"rung 1, without a value: {name}: eval/accuracy is not finite" and len(lines) == 5
 
 
 def test_decisions_are_honoured_and_not_made_again(config, tmp_path):
@@ -80,15 +82,128 @@ def test_decisions_are_honoured_and_not_made_again(config, tmp_path):
         (last,) = chosen.parts(sweep)
         assert [trial.name for trial in last.trials] == ["learning_rate=0.2"] and not last.until
         assert halving.recorded(tmp_path) == chosen
-        with pytest.raises(
-            ValueError, match="was halved from 10 steps, one in 2 by eval/accuracy, and not from 5 steps"
-        ):
-            next(Halving.parse("5steps", 2, "eval/accuracy").parts(sweep))
     with (
         open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3") as sweep,
         pytest.raises(ValueError, match=r"has decided among 2 trials, and there are others now \(learning_rate=0.3\)"),
     ):
         next(chosen.parts(sweep))
+
+
+def test_another_halving_in_a_workdir_is_refused_also_before_anything_was_decided(config, tmp_path):
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2") as sweep:
+        next(Halving.parse("10steps", 2, "eval/accuracy").parts(sweep))
+        before = (tmp_path / "halving.json").read_text()
+        words = "is halved from 10 steps, one in 2 by eval/accuracy, and not from 5 steps, one in 2 by eval/loss"
+        with pytest.raises(ValueError, match=words):
+            next(Halving.parse("5steps", 2, "eval/loss").parts(sweep))
+        assert (tmp_path / "halving.json").read_text() == before
+        (tmp_path / "halving.json").write_text('{"rungs": []}')
+        with pytest.raises(ValueError, match="halving.json lacks 'minimum', so it says no successive halving"):
+            halving.recorded(tmp_path)
+
+
+BEST = "learning_rate=0.2"
+
+
+@pytest.fixture
+def trained(monkeypatch) -> tuple[list[tuple[str, int | None]], list[tuple[str, int | None, str]]]:
+    """Nothing is trained: the accuracy is the learning rate. Gives what was called, and takes failures to come."""
+    calls: list[tuple[str, int | None]] = []
+    failures: list[tuple[str, int | None, str]] = []
+
+    def train_nothing(config, workdir, *, progress, pause_step):
+        calls.append((workdir.name, pause_step))
+        for failure in failures:
+            if failure[:2] == calls[-1]:
+                failures.remove(failure)
+                raise RuntimeError(failure[2])
+        row = {"step": pause_step or config.num_steps, "eval/accuracy": config.schedule.learning_rate, "eval/loss": 1.0}
+        with (workdir / "metrics.jsonl").open("a") as file:
+            print(json.dumps(row), file=file)
+        return row
+
+    monkeypatch.setattr(train, "train", train_nothing)
+    return calls, failures
+
+
+def test_a_trial_that_fails_is_tried_again_as_often_as_asked_at_each_rung(config, tmp_path, trained):
+    calls, failures = trained
+    failures += [(BEST, step, "out of memory") for step in (4, 4, 8, 8)]
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.2,0.1,0.05,0.01") as sweep:
+        found = running.run(sweep, retries=2, parts=Halving.parse("4steps", 2, "eval/accuracy").parts)
+    assert [step for name, step in calls if name == BEST] == [4, 4, 4, 8, 8, 8, None]
+    assert [status.state for status in found] == ["finished", "eliminated", "eliminated", "eliminated"]
+    assert not any("without a value" in line for line in halving.describe(tmp_path))
+
+
+def test_a_trial_without_attempts_left_is_decided_on_with_its_reason(config, tmp_path, trained):
+    _, failures = trained
+    failures += [(BEST, 4, "out of memory")] * 2
+    grid = "schedule.learning_rate=0.2,0.1"
+    with open_sweep(tmp_path, config, grid) as sweep:
+        found = running.run(sweep, retries=1, parts=Halving.parse("4steps", 2, "eval/accuracy").parts)
+    assert [status.state for status in found] == ["failed", "finished"]
+    _, line, reason = halving.describe(tmp_path)
+    assert line.endswith("go on: learning_rate=0.1 10.00%; not learning_rate=0.2 (no value)")
+    assert reason == f"rung 1, without a value: {BEST}: failed in 2 attempts: RuntimeError: out of memory"
+
+
+def test_where_every_trial_failed_nothing_is_decided_and_they_are_tried_again(config, tmp_path, trained):
+    calls, failures = trained
+    failures += [(name, 4, "no more disk") for name in ("learning_rate=0.1", BEST)]
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2") as sweep:
+        parts = Halving.parse("4steps", 2, "eval/accuracy").parts
+        found = running.run(sweep, parts=parts)
+        assert [status.state for status in found] == ["failed", "failed"] and len(calls) == 2
+        assert halving.describe(tmp_path) == ["successive halving from 4 steps, one in 2 by eval/accuracy"]
+        found = running.run(sweep, parts=parts)
+    assert [status.state for status in found] == ["eliminated", "finished"]
+
+
+def test_a_rung_waits_for_who_tries_again_what_failed_here(config, tmp_path, trained):
+    """Another launcher may have been given more retries: what it runs is not decided without it."""
+    _, failures = trained
+    failures += [(BEST, 4, "out of memory")]
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2") as sweep:
+        parts = Halving.parse("4steps", 2, "eval/accuracy").parts(sweep)
+        first = next(parts)
+        running.run(first)
+        (failed,) = (trial for trial in first.trials if trial.name == BEST)
+        with records.claim(sweep.folder(failed)) as mine:
+            assert mine and next(parts).trials == ()
+            assert running.run_trial(first, failed) == "paused"
+        assert [trial.name for trial in next(parts).trials] == [BEST]
+
+
+def test_a_cell_of_which_a_seed_is_missing_comes_after_the_whole_ones(config, tmp_path):
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3", "seed=0:2") as sweep:
+        parts = Halving.parse("4steps", 3, "eval/accuracy").parts(sweep)
+        first = next(parts)
+        accuracies = {(0.1, 0): 0.9, (0.1, 1): None, (0.2, 0): 0.5, (0.2, 1): 0.5, (0.3, 0): 0.4, (0.3, 1): 0.4}
+        reach(first, lambda o: accuracies[o["schedule.learning_rate"], o["seed"]])
+        assert rates(next(parts)) == [(0.2, 0), (0.2, 1)]
+    decided = json.loads((tmp_path / "halving.json").read_text())["rungs"][0]
+    assert list(decided["values"]) == ["learning_rate=0.2", "learning_rate=0.3", "learning_rate=0.1"]
+    assert decided["seeds"]["learning_rate=0.1"] == [1, 2]
+    assert decided["without"] == {"learning_rate=0.1,seed=1": "eval/accuracy is not finite"}
+
+
+def test_trials_that_ran_before_and_cannot_be_judged_are_named_before_anything_runs(config, tmp_path):
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3") as sweep:
+        rows = [{"step": 4, "train/loss": 1.0}, {"step": 20, "eval/accuracy": 0.5}, {"step": 40, "eval/accuracy": 0.9}]
+        for trial in sweep.trials[:2]:
+            folder = sweep.folder(trial)
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        # One is finished; the other was stopped on its way, behind the first rung.
+        records.write_json(sweep.folder(sweep.trials[0]) / "trial.json", {"values": {"eval/accuracy": 0.9}})
+        (sweep.folder(sweep.trials[1]) / "checkpoints" / "30").mkdir(parents=True)
+        with pytest.raises(
+            ValueError, match="2 of 3 ran before without being evaluated there: learning_rate=0.1 at "
+        ) as e:
+            next(Halving.parse("4steps", 3, "eval/accuracy").parts(sweep))
+        assert "they were evaluated at step 20, 40" in str(e.value)
+        assert len(next(Halving.parse("20steps", 3, "eval/accuracy").parts(sweep)).trials) == 3
 
 
 def test_a_lower_loss_is_better_and_epochs_are_counted_by_each_trial(config, tmp_path):
