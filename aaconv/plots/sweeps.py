@@ -9,7 +9,8 @@ import dataclasses
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -77,11 +78,13 @@ class Point:
       x: what was set.
       results: what came out, a number a run.
       half: half the width of the interval around their mean; nan: there is none.
+      is_whole: whether no run is missing; else its marker is hollow.
     """
 
     x: float
     results: Sequence[float]
     half: float = math.nan
+    is_whole: bool = True
 
     @property
     def mean(self) -> float:
@@ -138,6 +141,7 @@ def learning(
     lines: Lines = Lines(),  # noqa: B008 - it cannot be changed
     xlabel: str,
     ylabel: str,
+    lacking: Collection[tuple[tuple[str, str], str]] = (),
 ) -> Figure:
     """Draws how runs went: a line through the means of a cell's runs, and the range from their lowest to their highest.
 
@@ -147,6 +151,7 @@ def learning(
       lines: what the lines are.
       xlabel: ``epoch`` or ``step``.
       ylabel: what is drawn, with its unit.
+      lacking: lines of which runs are missing, by panel and name; they are dashed.
     """
     figure, axes, _ = _grid(panels, theme, xlabel, ylabel)
     for place, cell in panels.cells.items():
@@ -154,7 +159,8 @@ def learning(
             colour = lines.colour(name, theme)
             marker = lines.marker(name) if len(x) <= 12 else None
             axes[place].fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes[place].plot(x, mean, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
+            dashes = "--" if (place, name) in lacking else "-"
+            axes[place].plot(x, mean, dashes, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
     few = any(len(curve[0]) <= 12 for cell in panels.cells.values() for curve in cell.values())
     _legend(figure, lines, theme, marked=few)
     return figure
@@ -171,6 +177,7 @@ def heat_maps(
     label: str,
     form: str = "{:.4g}",
     higher_is_better: bool = True,
+    notes: Mapping[tuple[str, str], Mapping[tuple[int, int], str]] = MappingProxyType({}),
 ) -> Figure:
     """Draws tables as colours, each number in its cell, all with one scale; the lightest colour is the best.
 
@@ -184,11 +191,15 @@ def heat_maps(
       label: of the colours: what came out, with its unit.
       form: of a number in its cell.
       higher_is_better: else the lowest number has the lightest colour.
+      notes: what stands below numbers, by panel, row and column; where there is no room for numbers, such cells are
+        hatched.
     """
     import matplotlib
+    from matplotlib.patches import Rectangle
 
     values = np.stack(list(panels.cells.values())).astype(np.float64)
     widest = max((len(form.format(value)) for value in values[np.isfinite(values)]), default=1)
+    widest = max(widest, *(len(note) for those in notes.values() for note in those.values()), 1)
     cell = max(0.5, INCH_A_LETTER * (max(widest, *map(len, across)) + 1.5))
     written = cell * len(across) * len(panels.columns) < 15  # inches
     cell = cell if written else 14 / len(across) / len(panels.columns)
@@ -200,11 +211,18 @@ def heat_maps(
     for place, table in panels.cells.items():
         panel = axes[place]
         picture = panel.imshow(table, cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto")
-        for (row, column), value in np.ndenumerate(table if written else np.full((1, 1), math.nan)):
-            if math.isfinite(value):
-                red, green, blue, _ = picture.to_rgba(value)
-                ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-                panel.text(column, row, form.format(value), ha="center", va="center", color=ink, fontsize=8)
+        for (row, column), value in np.ndenumerate(table):
+            if not math.isfinite(value):
+                continue
+            red, green, blue, _ = picture.to_rgba(value)
+            ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+            note = notes.get(place, {}).get((row, column), "")
+            if written:
+                text = f"{form.format(value)}\n{note}".strip()
+                panel.text(column, row, text, ha="center", va="center", color=ink, fontsize=8, linespacing=1.0)
+            elif note:
+                corner = column - 0.5, row - 0.5
+                panel.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=ink, linewidth=0))
         _label_cells(panel, across, up, cell)
         panel.grid(False)
         panel.tick_params(length=0)
@@ -225,6 +243,7 @@ class Cost:
       half: half the width of the interval around y; nan: there is none.
       number: that it is called by; 0: it has none.
       in_front: whether no other cell brings as much for less.
+      is_whole: whether no run is missing; else its dot is hollow.
     """
 
     x: float
@@ -232,6 +251,7 @@ class Cost:
     half: float = math.nan
     number: int = 0
     in_front: bool = False
+    is_whole: bool = True
 
 
 def fronts(
@@ -266,7 +286,9 @@ def fronts(
             colour = theme.lines[1] if cost.in_front else theme.muted
             half = cost.half if math.isfinite(cost.half) else None
             axes.errorbar(cost.x, cost.y, yerr=half, color=colour, elinewidth=0.8, alpha=0.8, zorder=2)
-            axes.plot(cost.x, cost.y, "o", color=colour, markersize=6 if cost.in_front else 4, zorder=3)
+            inside = colour if cost.is_whole else axes.get_facecolor()
+            size = 6 if cost.in_front else 4
+            axes.plot(cost.x, cost.y, "o", color=colour, markerfacecolor=inside, markersize=size, zorder=3)
         axes.set_ylim(*_limits(points))
         best = sorted((cost for cost in costs if cost.in_front), key=lambda cost: cost.x)
         # What the next cost buys is there only once it is paid: steps, and level after the last.
@@ -370,9 +392,21 @@ def _draw_line(
         axes.scatter(*zip(*dots, strict=True), s=9, color=colour, alpha=0.45, lw=0, transform=aside(points_aside + 2.5))
     x, means = [point.x for point in line], [point.mean for point in line]
     halves = [point.half if math.isfinite(point.half) else 0.0 for point in line]
-    looks: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.5, "capsize": 2.5, "elinewidth": 0.9}
-    looks |= {"linestyle": linestyle, "transform": aside(points_aside)}
-    axes.errorbar(x, means, yerr=halves if any(halves) else None, color=colour, **looks)
+    looks: dict[str, Any] = {"color": colour, "transform": aside(points_aside)}
+    axes.errorbar(
+        x,
+        means,
+        halves if any(halves) else None,
+        linestyle=linestyle,
+        linewidth=1.5,
+        capsize=2.5,
+        elinewidth=0.9,
+        **looks,
+    )
+    for is_whole, inside in ((True, colour), (False, axes.get_facecolor())):
+        those = [(point.x, point.mean) for point in line if point.is_whole == is_whole]
+        if those:
+            axes.plot(*zip(*those, strict=True), marker, markersize=4, markerfacecolor=inside, zorder=3, **looks)
 
 
 def _limits(points: Sequence[Point]) -> tuple[float, float]:

@@ -38,7 +38,7 @@ tbody tr:hover { background: var(--band); }
 tr.best, tr.best:hover { background: var(--best); font-weight: 600; }
 .text { text-align: left; }
 td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
-.finished { color: var(--good); } .failed, .diverged { color: var(--bad); }
+.finished { color: var(--good); } .failed, .diverged, .lacking { color: var(--bad); }
 .interrupted, .paused, .waiting, .running { color: var(--wait); }
 figure { margin: 1.75rem 0; }
 figure img { max-width: 100%; height: auto; display: block; }
@@ -137,10 +137,13 @@ def _table(
 ) -> str:
     is_text = [any(row[i] and not _begins_like_a_number(row[i]) for row in rows) for i in range(len(header))]
     # "one seed" and the like stand among numbers.
-    is_text = [text and name not in ("95% interval", "deviation") for text, name in zip(is_text, header, strict=True)]
+    is_text = [
+        text and name not in ("95% interval", "standard deviation") for text, name in zip(is_text, header, strict=True)
+    ]
 
     def cell(index: int, value: str) -> str:
         kinds = ["text"] * is_text[index] + ["long"] * (len(value) > 45) + [value] * (index == outcome)
+        kinds += ["lacking"] * (header[index] == "seeds" and " of " in value)
         return f'<td class="{escape(" ".join(kinds))}">{escape(value)}</td>' if kinds else f"<td>{escape(value)}</td>"
 
     head = "".join(

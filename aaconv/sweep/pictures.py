@@ -15,7 +15,7 @@ from aaconv import metrics
 from aaconv.metrics import higher_is_better
 from aaconv.sweep.description import short_key, spell
 from aaconv.sweep.records import Sweep
-from aaconv.sweep.results import Group, in_front, in_percent
+from aaconv.sweep.results import Cell, in_front, in_percent
 
 UNITS = {
     "model.kappa": "share of features",
@@ -71,12 +71,12 @@ class Factor:
         """The values without None."""
         return [value for value in self.values if value is not None]
 
-    def spell(self, cell: Group) -> str:
+    def spell(self, cell: Cell) -> str:
         """Returns a cell's value."""
         return spell(cell.values[self.key])
 
 
-def factors(cells: Sequence[Group]) -> list[Factor]:
+def factors(cells: Sequence[Cell]) -> list[Factor]:
     """Returns what differs between cells: numbers first, then the rest, each in the order of the table."""
     keys = [key for key in cells[0].values if len({repr(cell.values[key]) for cell in cells}) > 1]
     values_of = {key: [cell.values[key] for cell in cells] for key in keys}
@@ -122,7 +122,7 @@ def _tied(one: Sequence[Any], other: Sequence[Any], numbers: bool) -> bool:
     return len(rises) == 1
 
 
-def pictures(sweep: Sweep, cells: Sequence[Group], metric: str) -> list[Picture]:
+def pictures(sweep: Sweep, cells: Sequence[Cell], metric: str) -> list[Picture]:
     """Returns the pictures that make sense for a metric of a sweep.
 
     The metric against each number that was set, over two of them as a heat map, against parameters and FLOPs, and while
@@ -130,7 +130,7 @@ def pictures(sweep: Sweep, cells: Sequence[Group], metric: str) -> list[Picture]
 
     Args:
       sweep: of the cells.
-      cells: as of `aaconv.sweep.results.groups`.
+      cells: as of `aaconv.sweep.results.cells`.
       metric: theirs.
     """
     known = [cell for cell in cells if math.isfinite(cell.mean)]
@@ -152,7 +152,7 @@ class _Arrangement:
     column: Factor | None = None
     row: Factor | None = None
 
-    def place(self, cell: Group) -> tuple[str, str]:
+    def place(self, cell: Cell) -> tuple[str, str]:
         """Returns the titles of the row and the column that a cell belongs to."""
         title = lambda factor: f"{factor.name} = {factor.spell(cell)}" if factor else ""
         return title(self.row), title(self.column)
@@ -161,7 +161,7 @@ class _Arrangement:
         """Returns the titles of the rows or columns of a factor."""
         return [f"{factor.name} = {spell(value)}" for value in factor.values] if factor else [""]
 
-    def name(self, cell: Group) -> str:
+    def name(self, cell: Cell) -> str:
         """Returns the name of the line that a cell belongs to."""
         return self.line.spell(cell) if self.line else ""
 
@@ -197,7 +197,7 @@ def _panels(arrangement: _Arrangement, contents: dict[tuple[str, str], Any]) -> 
     return sweeps.Panels(contents, arrangement.titles(arrangement.row), arrangement.titles(arrangement.column))
 
 
-def _against(cells: Sequence[Group], metric: str, factor: Factor) -> Picture | None:
+def _against(cells: Sequence[Cell], metric: str, factor: Factor) -> Picture | None:
     from aaconv.plots import sweeps
 
     if factor.is_number:
@@ -216,7 +216,8 @@ def _against(cells: Sequence[Group], metric: str, factor: Factor) -> Picture | N
     at = lambda cell: names.index(factor.spell(cell)) if names else cell.values[factor.key]
     contents: dict[tuple[str, str], dict[str, list[Any]]] = {}
     for cell in sorted(cells, key=at):
-        point = sweeps.Point(at(cell), [scale * result for result in cell.results], scale * cell.confidence)
+        several = [scale * result for result in cell.results]
+        point = sweeps.Point(at(cell), several, scale * cell.confidence, cell.is_whole)
         contents.setdefault(arrangement.place(cell), {}).setdefault(arrangement.name(cell), []).append(point)
     if len(contents) < FEWEST_FILLED * _number_of_panels(arrangement):
         return None
@@ -224,7 +225,7 @@ def _against(cells: Sequence[Group], metric: str, factor: Factor) -> Picture | N
     return Picture(
         f"{file_name(metric)}_against_{file_name(factor.key)}",
         f"{metric} against {factor.name}",
-        _explained(many, "Line: mean over seeds" if joined else "Mark: mean over seeds"),
+        _explained(many, "Line: mean over seeds" if joined else "Mark: mean over seeds") + _lacking(cells, "Hollow"),
         partial(
             sweeps.against,
             _panels(arrangement, contents),
@@ -243,11 +244,18 @@ def _explained(many: bool, start: str) -> str:
     return f"{start}; dots: trials; bars: 95% interval of the mean, cut where it is far wider than the results."
 
 
+def _lacking(cells: Sequence[Cell], mark: str) -> str:
+    """Returns the sentence that explains how cells are marked that lack seeds; "" where there are none."""
+    if all(cell.is_whole for cell in cells):
+        return ""
+    return f" {mark}: results of some seeds are missing, for they failed, diverged or are not finished."
+
+
 def _number_of_panels(arrangement: _Arrangement) -> int:
     return len(arrangement.titles(arrangement.row)) * len(arrangement.titles(arrangement.column))
 
 
-def _over(cells: Sequence[Group], metric: str, numbers: Sequence[Factor], varied: Sequence[Factor]) -> Picture | None:
+def _over(cells: Sequence[Cell], metric: str, numbers: Sequence[Factor], varied: Sequence[Factor]) -> Picture | None:
     from aaconv.plots import sweeps
 
     if len(numbers) < 2:
@@ -261,19 +269,23 @@ def _over(cells: Sequence[Group], metric: str, numbers: Sequence[Factor], varied
         return None
     scale = 100 if in_percent(metric) else 1
     contents: dict[tuple[str, str], np.ndarray] = {}
+    notes: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
     for cell in cells:
         x, y = cell.values[across.key], cell.values[up.key]
         if x is not None and y is not None:
             empty = np.full((len(up.numbers), len(across.numbers)), math.nan)
             table = contents.setdefault(arrangement.place(cell), empty)
-            table[up.numbers.index(y), across.numbers.index(x)] = scale * cell.mean
+            at = up.numbers.index(y), across.numbers.index(x)
+            table[at] = scale * cell.mean
+            if not cell.is_whole:
+                notes.setdefault(arrangement.place(cell), {})[at] = cell.seeds
     filled = sum(int(np.isfinite(table).sum()) for table in contents.values())
     if filled < FEWEST_FILLED * _number_of_panels(arrangement) * len(up.numbers) * len(across.numbers):
         return None
     return Picture(
         f"{file_name(metric)}_over_{file_name(across.key)}_and_{file_name(up.key)}",
         f"{metric} over {across.name} and {up.name}",
-        "Means over seeds; the lightest is the best.",
+        "Means over seeds; the lightest is the best." + _lacking(cells, "With a count, or hatched"),
         partial(
             sweeps.heat_maps,
             _panels(arrangement, contents),
@@ -284,15 +296,16 @@ def _over(cells: Sequence[Group], metric: str, numbers: Sequence[Factor], varied
             label=metric_label(metric),
             form="{:.2f}" if scale == 100 else "{:.4g}",
             higher_is_better=higher_is_better(metric),
+            notes=notes,
         ),
     )
 
 
-def _against_cost(cells: Sequence[Group], metric: str, varied: Sequence[Factor]) -> Picture | None:
+def _against_cost(cells: Sequence[Cell], metric: str, varied: Sequence[Factor]) -> Picture | None:
     from aaconv.plots import sweeps
 
     scale = 100 if in_percent(metric) else 1
-    costs: dict[str, Callable[[Group], float]] = {
+    costs: dict[str, Callable[[Cell], float]] = {
         "parameters": lambda cell: cell.trial.parameters,
         "FLOPs for one image": lambda cell: cell.trial.flops,
     }
@@ -314,13 +327,15 @@ def _against_cost(cells: Sequence[Group], metric: str, varied: Sequence[Factor])
                 scale * cell.confidence,
                 numbers.get(id(cell), 0),
                 id(cell) in ahead,
+                cell.is_whole,
             )
             for cell in cells
         ]
     return Picture(
         f"{file_name(metric)}_against_cost",
         f"{metric} against {' and '.join(name.partition(' ')[0] for name in costs)}",
-        "A dot a cell, its mean. Numbered: the Pareto front, where nothing else brings as much for as little.",
+        "A dot a cell, its mean. Numbered: the Pareto front, where nothing else brings as much for as little."
+        + _lacking(cells, "Hollow, and in no front" if any(cell.is_whole for cell in cells) else "Hollow"),
         partial(
             sweeps.fronts,
             panels,
@@ -336,7 +351,7 @@ def _prefix(most: float) -> tuple[float, str]:
 
 
 def _while_training(
-    logs: Mapping[str, Sequence[Mapping[str, Any]]], cells: Sequence[Group], metric: str, varied: Sequence[Factor]
+    logs: Mapping[str, Sequence[Mapping[str, Any]]], cells: Sequence[Cell], metric: str, varied: Sequence[Factor]
 ) -> Picture | None:
     from aaconv.plots import sweeps
 
@@ -357,14 +372,27 @@ def _while_training(
     contents: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in known:
         contents.setdefault(arrangement.place(cell), {})[name(cell)] = curves[id(cell)]
+    lacking = {(arrangement.place(cell), name(cell)) for cell in known if not cell.is_whole}
     if len(contents) < FEWEST_FILLED * _number_of_panels(arrangement):
         return None
     many = any(len(cell.results) > 1 for cell in known)
     return Picture(
         f"{file_name(metric)}_while_training",
         f"{metric} while training",
-        "Line: mean over seeds; shade: from the lowest to the highest seed." if many else "A line a cell, of one seed.",
-        partial(sweeps.learning, _panels(arrangement, contents), lines=lines, xlabel=axis, ylabel=metric_label(metric)),
+        (
+            "Line: mean over seeds; shade: from the lowest to the highest seed."
+            if many
+            else "A line a cell, of one seed."
+        )
+        + _lacking(known, "Dashed"),
+        partial(
+            sweeps.learning,
+            _panels(arrangement, contents),
+            lines=lines,
+            xlabel=axis,
+            ylabel=metric_label(metric),
+            lacking=lacking,
+        ),
     )
 
 
@@ -379,7 +407,7 @@ def _curve(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str, axis: str) 
     return np.stack([[runs[0][step][axis] for step in steps], values.mean(0), values.min(0), values.max(0)])
 
 
-def cell_name(cell: Group, varied: Sequence[Factor]) -> str:
+def cell_name(cell: Cell, varied: Sequence[Factor]) -> str:
     """Returns what tells a cell from the others."""
     return ", ".join(f"{factor.name.replace(' ', '')}={factor.spell(cell)}" for factor in varied) or "all trials"
 

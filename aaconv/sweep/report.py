@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aaconv import config as config_lib
-from aaconv.metrics import duration
+from aaconv.metrics import duration, higher_is_better
 from aaconv.sweep import halving, page, pictures, records, results
 from aaconv.sweep.description import short_key, spell
 from aaconv.sweep.records import FINISHED, TRIAL, Status, Sweep
-from aaconv.sweep.results import Group, in_percent
+from aaconv.sweep.results import Cell, in_percent
+from aaconv.train import EVAL_METRICS
 
 REPORT, PAGE, PICTURES = "report.md", "report.html", "pictures"
 MANY = 4  # pictures, which take some ten seconds
@@ -55,6 +57,10 @@ def write_report(
       ValueError: no trial has the metric.
     """
     found = records.statuses(sweep)
+    metrics = list(dict.fromkeys(metrics or [sweep.metric]))
+    seen = {name for status in found for name in status.values if "/" in name}
+    for metric in metrics:
+        results.check_metric(metric, seen | set(EVAL_METRICS))
     good, remarks = results.finished(sweep)
     others = [status for status in found if results.outcome(status) != FINISHED]
     if not good:
@@ -62,11 +68,10 @@ def write_report(
         told = "\n".join(f"  {line}" for line in [*unfinished(others), *sorted(changed)])
         raise NothingFinishedError(
             f"no trial of {sweep.workdir} is finished, so there is nothing to report: {standing(found)}\n{told}\n"
-            f"  `aaconv sweep status --workdir {sweep.workdir}` says how it goes"
+            f"  `aaconv sweep status --workdir {shlex.quote(str(sweep.workdir))}` says how it goes"
         )
     remarks = [*halving.describe(sweep.workdir), *remarks]
-    metrics = list(dict.fromkeys(metrics or [sweep.metric]))
-    cells = {metric: results.groups(sweep, good, metric) for metric in metrics}
+    cells = {metric: results.cells(sweep, good, metric) for metric in metrics}
     drawn, names = {}, set()
     for metric in metrics:  # the training loss is not drawn again with the next metric
         found_here = pictures.pictures(sweep, cells[metric], metric)
@@ -76,7 +81,7 @@ def write_report(
     parts = [f"# {title}", f"{standing(found)}."]
     for metric in metrics:
         parts += [markdown(*table(cells[metric], metric)), best(cells[metric], metric)]
-    several = any(len(cell.results) > 1 for group in cells.values() for cell in group)
+    several = any(len(cell.results) > 1 for those in cells.values() for cell in those)
     interval = INTERVAL if several else ""
     parts.append(f"{interval}  \n{ran_on(sweep, good)}".strip())
     if remarks:
@@ -115,6 +120,7 @@ def write_report(
 
 
 INTERVAL = "Interval: 95% confidence interval of the mean, by Student's t distribution over the seeds."
+SEEDS, DEVIATION = "seeds", "standard deviation"
 
 
 def _write_pictures(sweep: Sweep, title: str, drawn: dict[str, list[pictures.Picture]]) -> list[Path] | None:
@@ -170,36 +176,51 @@ def ran_on(sweep: Sweep, good: Sequence[Status]) -> str:
     )
 
 
-def best(cells: Sequence[Group], metric: str) -> str:
-    """Says which cell has the best mean, and how many others it cannot be told from."""
+def best(cells: Sequence[Cell], metric: str) -> str:
+    """Says which cell has the best mean, how many others it cannot be told from, and which lack seeds."""
     first = results.best(cells, metric)
     if first is None or len(cells) == 1:
         return ""
     varied = pictures.factors(cells)
-    said = f"Best mean: {_spoken(first.mean, metric)}{'%' if in_percent(metric) else ''} with "
-    said += pictures.cell_name(first, varied)
+    named = lambda cell: (
+        f"{_spoken(cell.mean, metric)}{'%' if in_percent(metric) else ''} with "
+        + (pictures.cell_name(cell, varied) + ("" if cell.is_whole else f" ({cell.seeds} seeds)"))
+    )
+    said = f"Best mean: {named(first)}"
     if math.isnan(first.confidence):
-        return f"{said}; one seed, so nothing says how much of it is chance."
-    overlapping = [
-        cell
-        for cell in cells
-        if cell is not first and abs(cell.mean - first.mean) <= first.confidence + cell.confidence
-    ]
-    alone = [cell for cell in cells if math.isfinite(cell.mean) and math.isnan(cell.confidence)]
-    said += f"; of the {len(cells) - 1} other cells, {len(overlapping)} have an interval that overlaps with its own"
-    return said + (f", and {len(alone)} none, for want of seeds." if alone else ".")
+        said += "; one seed, so nothing says how much of it is chance."
+    else:
+        others = [cell for cell in cells if cell is not first]
+        overlapping = [cell for cell in others if abs(cell.mean - first.mean) <= first.confidence + cell.confidence]
+        alone = [cell for cell in others if math.isfinite(cell.mean) and math.isnan(cell.confidence)]
+        said += f"; of the {len(others)} other cells, {len(overlapping)} have an interval that overlaps with its own"
+        said += f", and {len(alone)} none, for want of seeds." if alone else "."
+    lacking = [cell for cell in cells if not cell.is_whole]
+    if lacking and first.is_whole:
+        sign = 1 if higher_is_better(metric) else -1
+        ahead = [cell for cell in lacking if sign * (cell.mean - first.mean) > 0]
+        said += f" Left out, for want of results of all their seeds: {_counted(len(lacking), 'cell')}"
+        said += f", among them {', '.join(map(named, ahead))}." if ahead else "."
+    return said
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _spoken(value: float, metric: str) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.2f}" if in_percent(metric) else f"{value:.4g}"
 
 
-def table(cells: Sequence[Group], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of a metric's table; accuracies are in percent."""
+def table(cells: Sequence[Cell], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of a metric's table; accuracies are in percent.
+
+    Where seeds are missing, the column of seeds says how many are in the numbers: ``2 of 3``.
+    """
     keys = list(cells[0].values)
     spoken = lambda value: _spoken(value, metric)
     label = f"{metric}{' (%)' if in_percent(metric) else ''}"
-    header = [*map(short_key, keys), "seeds", label, "deviation", "95% interval", "parameters", "MFLOPs"]
+    header = [*map(short_key, keys), SEEDS, label, DEVIATION, "95% interval", "parameters", "MFLOPs"]
     lines = []
     for cell in cells:
         low, high = spoken(cell.mean - cell.confidence), spoken(cell.mean + cell.confidence)
@@ -207,15 +228,15 @@ def table(cells: Sequence[Group], metric: str) -> tuple[list[str], list[list[str
         interval = f"{low} to {high}"
         if infinite:
             interval = f"{infinite} of {len(cell.results)} not finite"
-        elif len(cell.results) == 1:
-            interval = "one seed"
-        numbers = [str(len(cell.results)), spoken(cell.mean), spoken(cell.deviation), interval]
+        elif len(cell.results) < 2:
+            interval = "one seed" if cell.results else "–"
+        numbers = [cell.seeds, spoken(cell.mean), spoken(cell.standard_deviation), interval]
         counts = [f"{cell.trial.parameters:,}", f"{cell.trial.flops / 1e6:,.2f}"]
         lines.append([*(spell(cell.values[key]) for key in keys), *numbers, *counts])
     return header, lines
 
 
-def _row_of_best(cells: Sequence[Group], metric: str) -> int | None:
+def _row_of_best(cells: Sequence[Cell], metric: str) -> int | None:
     first = results.best(cells, metric)
     return None if first is None or len(cells) == 1 else cells.index(first)
 

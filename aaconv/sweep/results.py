@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,45 +169,59 @@ def few(names: Sequence[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class Cell:
     """Trials that differ in their seed alone.
 
     Attributes:
       values: of the other keys that the sweep overrides.
-      trials: one a seed.
+      trials: one a seed, that have a result.
       results: values of a metric, in the order of `trials`.
+      missing: the other trials, which failed, diverged, or are not finished; they are in no number below.
     """
 
     values: dict[str, Any]
     trials: tuple[Trial, ...]
     results: tuple[float, ...]
+    missing: tuple[Trial, ...] = ()
 
     @property
     def trial(self) -> Trial:
         """The first of them."""
-        return self.trials[0]
+        return (*self.trials, *self.missing)[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every seed has a result."""
+        return not self.missing
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds are in the mean, and of how many where some are missing: ``3``, ``2 of 3``."""
+        count = len(self.trials)
+        return str(count) if self.is_whole else f"{count} of {count + len(self.missing)}"
 
     @property
     def mean(self) -> float:
-        """Over the seeds; nan where a result is not finite."""
+        """Over the seeds; nan where a result is not finite, or there is none."""
         return statistics.fmean(self.results) if self._finite() else math.nan
 
     @property
-    def deviation(self) -> float:
-        """Sample standard deviation over the seeds; nan for one."""
+    def standard_deviation(self) -> float:
+        """Of the sample that the seeds are; nan for one."""
         return statistics.stdev(self.results) if len(self.results) > 1 and self._finite() else math.nan
 
     @property
     def confidence(self) -> float:
         """Half the width of the 95% confidence interval of the mean, by Student's t distribution; nan for one seed."""
-        return t_quantile(len(self.results) - 1) * self.deviation / math.sqrt(len(self.results))
+        count = len(self.results)
+        return t_quantile(count - 1) * self.standard_deviation / math.sqrt(count) if count > 1 else math.nan
 
     def _finite(self) -> bool:
-        return all(map(math.isfinite, self.results))
+        return bool(self.results) and all(map(math.isfinite, self.results))
 
 
-def t_quantile(freedom: int) -> float:
-    """Returns the 97.5% quantile of Student's t distribution, nan for no degree of freedom.
+def t_quantile(degrees_of_freedom: int) -> float:
+    """Returns the 97.5% quantile of Student's t distribution.
 
     Example:
       >>> f"{t_quantile(2):.4f}"
@@ -215,53 +229,77 @@ def t_quantile(freedom: int) -> float:
     """
     from scipy import special
 
-    return float(special.stdtrit(freedom, 0.975)) if freedom > 0 else math.nan
+    return float(special.stdtrit(degrees_of_freedom, 0.975))
 
 
-def groups(sweep: Sweep, found: Sequence[Status], metric: str) -> list[Group]:
-    """Groups finished trials by all but their seed, in the order of the sweep.
+def cells(sweep: Sweep, good: Sequence[Status], metric: str) -> list[Cell]:
+    """Groups the trials by all but their seed, in the order of the sweep.
+
+    Args:
+      sweep: as of `aaconv.sweep.records.load`.
+      good: its trials with results, as of `finished`.
+      metric: of the results.
+
+    Returns:
+      The cells of which a trial is finished, failed or diverged; of others there is nothing to say.
 
     Raises:
       ValueError: no trial has the metric.
     """
-    together: dict[str, list[tuple[dict[str, Any], Trial, float]]] = {}
-    for status in found:
-        if metric in status.values:
-            values = {key: value for key, value in sweep.values(status.trial).items() if key != "seed"}
-            together.setdefault(repr(values), []).append((values, status.trial, status.values[metric]))
-    if not together:
-        known = sorted({name for status in found for name in status.values if "/" in name})
-        near = close_matches(metric, known) or f"; there are {', '.join(known)}"
+    values_of = {status.trial.name: status.values for status in good}
+    check_metric(metric, {name for values in values_of.values() for name in values if "/" in name})
+    ended: set[str] = set()
+    together: dict[str, tuple[dict[str, Any], list[Trial]]] = {}
+    for status in records.statuses(sweep):
+        values = {key: value for key, value in sweep.values(status.trial).items() if key != "seed"}
+        together.setdefault(repr(values), (values, []))[1].append(status.trial)
+        if status.trial.name in values_of or status.state == FAILED:
+            ended.add(repr(values))
+    found = []
+    for name, (values, trials) in together.items():
+        if name in ended:
+            known = tuple(trial for trial in trials if metric in values_of.get(trial.name, {}))
+            results = tuple(values_of[trial.name][metric] for trial in known)
+            found.append(Cell(values, known, results, tuple(trial for trial in trials if trial not in known)))
+    return found
+
+
+def check_metric(metric: str, known: Collection[str]) -> None:
+    """Raises a ValueError that lists close names, or all, where a metric is not one of those that are known."""
+    if metric not in known:
+        near = close_matches(metric, known) or f"; there are {', '.join(sorted(known))}"
         raise ValueError(f"no trial has the metric {metric!r}{near}")
-    cells = []
-    for group in together.values():
-        every_values, trials, results = zip(*group, strict=True)
-        cells.append(Group(every_values[0], trials, results))
-    return cells
 
 
-def best(cells: Sequence[Group], metric: str) -> Group | None:
-    """Returns the cell of the best mean, the first of equals; None where no mean is finite."""
-    sign = 1 if higher_is_better(metric) else -1
+def compared(cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells that can be the best: those with a finite mean of all their seeds, or, with none, of some.
+
+    Where a seed failed or diverged, the mean of the others says more of them than of the cell.
+    """
     known = [cell for cell in cells if math.isfinite(cell.mean)]
-    return max(known, key=lambda cell: sign * cell.mean, default=None)
+    return [cell for cell in known if cell.is_whole] or known
 
 
-def in_front(cells: Sequence[Group], metric: str, cost: Callable[[Group], float]) -> list[Group]:
+def best(cells: Sequence[Cell], metric: str) -> Cell | None:
+    """Returns the cell of the best mean among those `compared`, the first of equals; None where there is none."""
+    sign = 1 if higher_is_better(metric) else -1
+    return max(compared(cells), key=lambda cell: sign * cell.mean, default=None)
+
+
+def in_front(cells: Sequence[Cell], metric: str, cost: Callable[[Cell], float]) -> list[Cell]:
     """Returns the Pareto front: the cells of which no other costs as little and brings as much, but for equals.
 
     Args:
-      cells: as of `groups`.
+      cells: as of `cells`.
       metric: theirs, which says whether high or low is better.
       cost: of a cell.
 
     Returns:
-      By ascending cost. Cells whose mean is not finite are in no front.
+      By ascending cost. Cells that are not `compared` are in no front.
     """
     sign = 1 if higher_is_better(metric) else -1
     front, reached = [], -math.inf
-    known = [cell for cell in cells if math.isfinite(cell.mean)]
-    for cell in sorted(known, key=lambda cell: (cost(cell), -sign * cell.mean)):
+    for cell in sorted(compared(cells), key=lambda cell: (cost(cell), -sign * cell.mean)):
         if sign * cell.mean > reached:
             front.append(cell)
             reached = sign * cell.mean

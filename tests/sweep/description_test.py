@@ -80,7 +80,8 @@ def test_names_are_safe_stable_and_never_two_the_same():
     names = [description.trial_name(cell) for cell in cells]
     assert all(re.fullmatch(r"[A-Za-z0-9._=,+~-]{1,120}", name) and name[-1] != "." for name in names)
     assert len({name.lower() for name in names}) == len(cells)  # also where case makes no difference
-    assert names == [description.trial_name(cell) for cell in cells]
+    # Stable over versions of Python and of this project, or a sweep that is started again would begin anew.
+    assert names[0] == "data_dir=a_b~380e1702" and names[8] == "data_dir=_~f94be949"
     values = {"seed": 3, "model.kappa": 0.25, "optimizer.nesterov": True, "model.stages": (2, 3)}
     assert description.trial_name(values) == "kappa=0.25,stages=2+3,nesterov=true,seed=3"
     assert description.trial_name(dict(reversed(values.items()))) == description.trial_name(values)

@@ -15,32 +15,97 @@ from aaconv import cli
 from aaconv.sweep import pictures, records, report, results
 
 
-def cells_of(sweep: records.Sweep) -> list[results.Group]:
-    return results.groups(sweep, results.finished(sweep)[0], "eval/accuracy")
+def cells_of(sweep: records.Sweep, metric: str = "eval/accuracy") -> list[results.Cell]:
+    return results.cells(sweep, results.finished(sweep)[0], metric)
 
 
 def test_mean_deviation_and_interval_over_seeds(made_up, config, tmp_path):
     accuracy = lambda o: 0.9 + o["model.width"] / 100 + (o["seed"] - 1) * o["seed"] / 1000
     sweep = made_up(tmp_path, config, ["model.width=1,2", "seed=0:4"], [], accuracy)
     first, second = cells_of(sweep)
-    for group, width in ((first, 1), (second, 2)):
+    for cell, width in ((first, 1), (second, 2)):
         several = [accuracy({"model.width": width, "seed": seed}) for seed in range(4)]
-        assert group.values == {"model.width": width} and group.results == tuple(several)
+        assert cell.values == {"model.width": width} and cell.results == tuple(several)
         low, high = stats.t.interval(0.95, 3, statistics.mean(several), stats.sem(several))
-        assert group.deviation == pytest.approx(statistics.stdev(several))
-        assert (group.mean - group.confidence, group.mean + group.confidence) == pytest.approx((low, high))
+        assert cell.standard_deviation == pytest.approx(statistics.stdev(several))
+        assert (cell.mean - cell.confidence, cell.mean + cell.confidence) == pytest.approx((low, high))
 
 
 def test_one_seed_has_no_spread_and_nan_spoils_only_its_own_row(made_up, config, tmp_path):
     result = lambda o: math.nan if o["model.width"] == 3 else 0.5
     sweep = made_up(tmp_path, config, [], ["model.width=1,3,3", "seed=0,0,1"], result)
     header, rows = report.table(cells_of(sweep), "eval/accuracy")
-    assert header[:5] == ["width", "seeds", "eval/accuracy (%)", "deviation", "95% interval"]
+    assert header[:5] == ["width", "seeds", "eval/accuracy (%)", "standard deviation", "95% interval"]
     assert [row[:5] for row in rows] == [
         ["1", "1", "50.00", "–", "one seed"],
         ["3", "2", "–", "–", "2 of 2 not finite"],
     ]
     assert "one seed" in report.best(cells_of(sweep), "eval/accuracy")
+
+
+UNSTABLE = {  # by width: the highest mean is of the seeds that did not diverge
+    1: (0.5, 0.6, 0.55),
+    2: (0.9, "NonFiniteLossError: nan in the loss", 0.8),
+    3: ("NonFiniteLossError: nan in the loss",) * 3,
+    4: (0.4, 0.4, 0.4),
+    5: (None, None, None),
+}
+
+
+def test_a_cell_with_missing_seeds_says_so_and_is_neither_best_nor_in_front(made_up, config, tmp_path, sweep):
+    result = lambda o: UNSTABLE[o["model.width"]][o["seed"]]
+    made = made_up(tmp_path, config, ["model.width=1:6", "seed=0:3"], [], result, cost=lambda o: o["model.width"])
+    cells = cells_of(made)
+    _, rows = report.table(cells, "eval/accuracy")
+    assert [row[:5] for row in rows[1:3]] == [
+        ["2", "2 of 3", "85.00", "7.07", "21.47 to 148.53"],
+        ["3", "0 of 3", "–", "–", "–"],
+    ]
+    assert [row[:3] for row in rows] == [
+        ["1", "3", "55.00"],
+        ["2", "2 of 3", "85.00"],
+        ["3", "0 of 3", "–"],
+        ["4", "3", "40.00"],
+    ]  # of width 5 nothing is known yet
+    answer = sweep("report", "--workdir", tmp_path)
+    assert "Best mean: 55.00% with width=1; of the 3 other cells" in answer.out
+    assert (
+        "Left out, for want of results of all their seeds: 2 cells, among them 85.00% with width=2 (2 of 3"
+        in answer.out
+    )
+    front = results.in_front(cells, "eval/accuracy", lambda cell: cell.trial.parameters)
+    assert [cell.values["model.width"] for cell in front] == [1]
+    page = (tmp_path / "report.html").read_text()
+    assert '<td class="lacking">2 of 3</td>' in page and "Hollow: results of some seeds are missing" in page
+    # Where no cell is whole, they are compared all the same.
+    lacking = [cell for cell in cells if not cell.is_whole]
+    assert report.best(lacking, "eval/accuracy").startswith("Best mean: 85.00% with width=2 (2 of 3 seeds); of the 1")
+
+
+def test_pictures_mark_cells_with_missing_seeds(made_up, config, tmp_path):
+    result = lambda o: None if o == {"model.kappa": 0.2, "model.upsilon": 0.1, "seed": 1} else 0.5
+    grid = [*BOTH, "seed=0:2"]
+    sweep = made_up(tmp_path, config, grid, [], result, cost=lambda o: int(1e7 * o["model.kappa"]))
+    drawn = {picture.name: picture for picture in pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")}
+    figures = {name.removeprefix("eval_accuracy_"): picture.draw() for name, picture in drawn.items()}
+    marked = [
+        line.get_xydata()
+        for axes in figures["against_model_kappa"].axes
+        for line in axes.lines
+        if line.get_marker() not in ("", "None", None) and line.get_markerfacecolor() != line.get_color()
+    ]
+    assert [xy.tolist() for xy in marked if len(xy) == 1] == [[[0.2, 50.0]]]
+    texts = [text.get_text() for text in figures["over_model_kappa_and_model_upsilon"].axes[0].texts]
+    assert sorted(texts) == ["50.00", "50.00", "50.00", "50.00\n1 of 2"]
+    dashed = [line for axes in figures[CURVE].axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert len(dashed) == 1 and "Dashed: " in drawn[f"eval_accuracy_{CURVE}"].note
+
+
+def test_an_unknown_metric_is_refused_at_once_with_close_ones(made_up, config, tmp_path, sweep):
+    made_up(tmp_path, config, ["seed=0:2"], [], lambda o: "Killed")
+    answer = sweep("report", "--workdir", tmp_path, "--metric", "eval/loss", "--metric", "eval/los")
+    assert answer.code == cli.WRONG_INPUT
+    assert answer.err.startswith("aaconv: error: no trial has the metric 'eval/los'; did you mean 'eval/loss'")
 
 
 def test_trials_that_override_less_have_the_values_of_the_config(made_up, config, tmp_path):
@@ -129,7 +194,7 @@ def test_the_front_is_what_nothing_beats_for_as_little(made_up, config, tmp_path
     cost = lambda cell: cell.trial.parameters
     front = results.in_front(cells_of(sweep), "eval/accuracy", cost)
     assert [cost(cell) for cell in front] == [1, 3, 6]
-    losses = results.groups(sweep, results.finished(sweep)[0], "eval/loss")  # 2 - accuracy
+    losses = cells_of(sweep, "eval/loss")  # 2 - accuracy
     assert [cost(cell) for cell in results.in_front(losses, "eval/loss", cost)] == [1, 3, 6]
 
 
@@ -178,12 +243,12 @@ def test_pictures_are_those_that_the_sweep_makes_sense_of(made_up, config, tmp_p
     assert {picture.name.removeprefix("eval_accuracy_") for picture in found} == names
 
 
-def test_a_front_needs_costs_that_differ(made_up, config, tmp_path):
-    sweep = made_up(
-        tmp_path, config, ["seed=0:2", *KAPPA], [], lambda o: 0.5, cost=lambda o: int(1e7 * o["model.kappa"])
-    )
-    found = {picture.name: picture for picture in pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")}
-    assert "eval_accuracy_against_cost" in found
+@pytest.mark.parametrize("differ", [True, False])
+def test_a_front_needs_costs_that_differ(made_up, config, tmp_path, differ):
+    cost = lambda o: int(1e7 * o["model.kappa"]) if differ else 10**6
+    sweep = made_up(tmp_path, config, ["seed=0:2", *KAPPA], [], lambda o: 0.5, cost=cost)
+    found = {picture.name for picture in pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")}
+    assert ("eval_accuracy_against_cost" in found) == differ
 
 
 def test_the_page_needs_nothing_else_and_shows_each_picture_light_and_dark(made_up, config, tmp_path, sweep):
