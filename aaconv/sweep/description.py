@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aaconv import config as config_lib
+from aaconv.errors import close_matches
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from aaconv.config import ConfigDict
 
 LONGEST_NAME = 120  # characters; file systems allow 255 bytes, of which files beside a folder want some
+MOST_TRIALS = 10_000  # the memory that a mistyped range asks for has no end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,9 @@ def from_flags(grid: Sequence[str], together: Sequence[str]) -> list[dict[str, A
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{key} has {length}" for key, length in lengths.items())
         raise ValueError(f"--zip takes one value of each list for a trial, and {said}: give lists of one length")
+    trials = math.prod(len(values) for _, values in crossed) * max(lengths.values(), default=1)
+    if trials > MOST_TRIALS:
+        raise ValueError(f"--grid and --zip give {trials:,} trials: a sweep has at most {MOST_TRIALS:,}")
     axes = [[{key: value} for value in values] for key, values in crossed]
     if zipped:
         names = [key for key, _ in zipped]
@@ -152,6 +159,9 @@ def parse_flag(flag: str, text: str) -> tuple[str, list[Any]]:
                 raise ValueError(f"{item} in {where} is a range, which only whole numbers have: list the values")
             if len(bounds) == 3 and bounds[2] == 0:
                 raise ValueError(f"{item} in {where} has step 0: it must be another number")
+            start, stop, step = (*bounds, 1)[:3]
+            if (count := -((start - stop) // step)) > MOST_TRIALS:
+                raise ValueError(f"{item} in {where} has {count:,} values: a sweep has at most {MOST_TRIALS:,} trials")
             values += range(*bounds)
             continue
         else:
@@ -207,7 +217,7 @@ def describe(
     Args:
       base: what the trials override.
       cells: from `from_function` or `from_flags`.
-      check_devices: whether batches must divide over the devices that are here.
+      check_devices: whether the mesh is one of the devices that are here; else of as many as it wants.
       need_data: whether the data sets must be prepared.
       note: gets a line now and then where this takes long.
 
@@ -215,10 +225,12 @@ def describe(
       The trials that can be run, and the others.
 
     Raises:
-      ValueError: there are no cells, two are the same trial, or a data set is not prepared.
+      ValueError: there are no cells, two are the same trial, a data set is not prepared, or ``checkpoint.best_metric``,
+        which trials are ranked by, is none.
     """
     if not cells:
         raise ValueError("the sweep is empty: let sweep(add) call add() once a trial, or give --grid KEY=VALUES")
+    _check_best_metric(base)
     checker = _Checker(need_data, check_devices)
     trials: list[Trial] = []
     invalid: list[Invalid] = []
@@ -325,17 +337,15 @@ class _Checker:
         from aaconv import optim, parallel, train
         from aaconv.models.summary import summarise
 
+        _check_best_metric(config)
         key = config.data.to_json_best_effort()
         if key not in self._infos:
             self._infos[key] = self._info(config)
         info = self._infos[key]
-        devices = 1
-        if self._check_devices:
-            mesh = parallel.configured_mesh(config.mesh)
-            parallel.check_batch("batch_size", config.batch_size, mesh, config.accumulate_steps)
-            parallel.check_batch("eval_batch_size", config.eval_batch_size, mesh)
-            parallel.check_rows(info.image_shape[0], mesh)
-            devices = parallel.batch_devices(mesh)
+        mesh = parallel.configured_mesh(config.mesh) if self._check_devices else _mesh_elsewhere(config.mesh)
+        parallel.check_batch("batch_size", config.batch_size, mesh, config.accumulate_steps)
+        parallel.check_batch("eval_batch_size", config.eval_batch_size, mesh)
+        parallel.check_rows(info.image_shape[0], mesh)
         key = "\n".join(
             [config.model.to_json_best_effort(), config.dtype, str(info.image_shape), str(info.num_classes)]
         )
@@ -345,7 +355,7 @@ class _Checker:
         found = self._summaries[key]
         # A set that is only declared has no examples: its length says nothing of the config.
         steps = info.num_train // config.batch_size if info.num_train else 10**6
-        memory = least_memory(config, found, optim.plan(config, steps), devices)
+        memory = least_memory(config, found, optim.plan(config, steps), mesh)
         return found.parameters, found.flops, memory
 
     def _info(self, config: ConfigDict) -> Any:
@@ -364,29 +374,51 @@ STORING = ("factorised", "skew", "explicit")
 """Implementations of attention that keep whole maps for the backward pass."""
 
 
-def least_memory(config: ConfigDict, found: Any, plan: Any, devices: int = 1) -> int:
+def least_memory(config: ConfigDict, found: Any, plan: Any, mesh: Mesh) -> int:
     """Returns the memory that a training step cannot do without on each device, in bytes: a lower bound.
 
     It is weights, gradient, the optimiser's state and averages in float32, and for the backward pass each layer's
     output in ``config.dtype``, and attention maps where the implementation stores them. Gradients of activations, and
-    what the compiler adds for the time of an operation, are not in it.
+    what the compiler adds for the time of an operation, are not in it; nor are weights that ``mesh.fsdp`` divides
+    while they are gathered.
 
     Args:
       config: of the run.
       found: as of `aaconv.models.summary.summarise`.
       plan: as of `aaconv.optim.plan`.
-      devices: that a batch is divided over.
+      mesh: over which examples, large weights and rows are divided.
     """
     import jax
     import jax.numpy as jnp
 
-    from aaconv import optim
+    from aaconv import optim, parallel
 
     weight = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
     state = jax.eval_shape(optim.optimizer(config, plan).init, {"kernel": weight})
     slots = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) / math.prod(weight.shape)
-    weights = 4 * found.parameters * (2 + round(slots) + bool(config.optimizer.ema_decay))
+    large = sum(layer.parameters for layer in found.layers if layer.parameters >= config.mesh.fsdp_min_size)
+    parameters = found.parameters - large + -(-large // mesh.shape[parallel.FSDP])
+    weights = 4 * parameters * (2 + round(slots) + bool(config.optimizer.ema_decay))
     outputs = sum(math.prod(layer.output_shape) for layer in found.layers) * jnp.dtype(config.dtype).itemsize
     maps = sum(layer.map_bytes for layer in found.attention if layer.choice.implementation in STORING)
-    images = -(-config.batch_size // (config.accumulate_steps * devices))
-    return weights + images * (outputs + maps)
+    images = -(-config.batch_size // (config.accumulate_steps * parallel.batch_devices(mesh)))
+    return weights + images * -(-(outputs + maps) // mesh.shape[parallel.SPATIAL])
+
+
+def _check_best_metric(config: ConfigDict) -> None:
+    from aaconv.train import EVAL_METRICS
+
+    metric = config.checkpoint.best_metric
+    if metric and metric not in EVAL_METRICS:
+        near = close_matches(metric, EVAL_METRICS) or f": it is one of {', '.join(EVAL_METRICS)}"
+        raise ValueError(f"checkpoint.best_metric={metric!r} is not measured by an evaluation{near}")
+
+
+def _mesh_elsewhere(config_mesh: Mapping[str, Any]) -> Mesh:
+    """Returns a mesh of devices that are not here: as many as the config says, one where it leaves it open."""
+    from aaconv import parallel
+
+    sizes = {key: 1 if config_mesh[key] == -1 else config_mesh[key] for key in ("data", "fsdp", "spatial")}
+    devices = parallel.imagined(math.prod(max(1, size) for size in sizes.values()), "cpu")
+    shared = config_mesh["batch_norm_devices"] if config_mesh["data"] != -1 else -1
+    return parallel.make_mesh(**sizes, batch_norm_devices=shared, devices=devices)

@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 
-from aaconv import cli, config as config_lib, parallel, train
-from aaconv.data.declared import declared_info
+from aaconv import cli, config as config_lib, train
 from aaconv.models.summary import summarise
 from aaconv.sweep import description
 
@@ -44,6 +43,9 @@ def test_values_of_a_flag(text, values):
         (["seed=3:3"], "has no values"),
         (["seed=1,,2"], "--grid seed=1,,2 has an empty value: take the comma away"),
         (["seed=0:9:0"], "0:9:0 in --grid seed=0:9:0 has step 0"),
+        (["seed=0:100000000000000000000"], "has 100,000,000,000,000,000,000 values: a sweep has at most 10,000 trials"),
+        (["seed=10001:0:-1"], "10001:0:-1 in --grid seed=10001:0:-1 has 10,001 values"),
+        (["seed=0:5000", "model.width=1,2,3"], "--grid and --zip give 15,000 trials: a sweep has at most 10,000"),
         (["seed=0.5"], "seed=0.5 in --grid seed=0.5 is a float: it must be a whole number"),
         (["seed='1'"], "seed='1' in --grid seed='1' is a str: it must be a whole number"),
         (["seed=None"], "seed=None in --grid seed=None: it must be a whole number"),
@@ -154,6 +156,7 @@ def test_a_config_without_a_sweep_says_what_to_add(sweep, tmp_path):
     assert answer.code == cli.WRONG_INPUT and "describes no sweep: add a function sweep(add)" in answer.err
 
 
+BAD_METRIC = "checkpoint.best_metric=eval/acuracy,eval/loss"
 BAD_CELLS = ("--grid", "model.kappa=0.3", "--grid", "model.num_heads=2,7")
 ATTENDING = ("--config.model.name=aa_wrn", "--config.model.upsilon=0.25")
 
@@ -181,4 +184,26 @@ def test_counts_and_memory_of_a_dry_run(config):
     assert not invalid and (trial.parameters, trial.flops) == (found.parameters, found.flops)
     weights = 4 * 4 * found.parameters  # with the gradient and AdamW's two moments
     assert trial.memory - weights == 2 * (half.memory - weights) > 0
-    assert declared_info(base).num_train == 0 and parallel.make_mesh(1).size == 1
+
+
+def test_memory_is_that_of_one_device_of_the_mesh(config):
+    meshes = ({"fsdp": 2, "data": 1}, {"spatial": 2, "data": 1}, {"data": 2}, {"data": -1})
+    cells = [{}] + [{f"mesh.{key}": size for key, size in mesh.items()} for mesh in meshes]
+    base = config_lib.load(config, ["mesh.fsdp_min_size=10000", "accumulate_steps=1"])
+    trials, invalid = description.describe(base, cells, need_data=False, check_devices=False)
+    found = summarise(train.build_model(base, 10), (8, 8, 1))
+    weights = 4 * 3 * found.parameters  # with the gradient and the momentum
+    large = sum(layer.parameters for layer in found.layers if layer.parameters >= 10000)
+    assert not invalid and 0 < large < found.parameters
+    whole, fsdp, spatial, data, left_open = (trial.memory for trial in trials)
+    assert fsdp == pytest.approx(whole / 2 + 4 * 3 * (found.parameters - large) / 2)
+    assert spatial == data == pytest.approx(weights + (whole - weights) / 2)
+    assert left_open == whole
+
+
+@pytest.mark.parametrize("flags", [["--config.checkpoint.best_metric=eval/acuracy"], ["--grid", BAD_METRIC]])
+def test_an_unknown_metric_to_rank_by_is_found_before_anything_runs(sweep, tmp_path, flags):
+    answer = sweep("--config", "CONFIG", "--workdir", tmp_path, *flags)
+    words = "checkpoint.best_metric='eval/acuracy' is not measured by an evaluation; did you mean 'eval/accuracy'"
+    assert answer.code == cli.WRONG_INPUT and words in answer.err
+    assert not (tmp_path / "trials").exists()
