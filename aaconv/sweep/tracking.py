@@ -11,7 +11,7 @@ from typing import Any
 from aaconv import metrics
 from aaconv.sweep import records, results
 from aaconv.sweep.description import Trial, short_key, spell
-from aaconv.sweep.records import FAILED, FINISHED, KILLED, TRIAL, Sweep
+from aaconv.sweep.records import FAILED, FINISHED, KILLED, TRIAL, Status, Sweep
 
 UPLOADED = "wandb.json"
 
@@ -77,7 +77,7 @@ def upload(
 ) -> tuple[int, int]:
     """Sends finished trials to Weights & Biases, each as a run; where ``WANDB_MODE=offline``, to ``WORKDIR/wandb``.
 
-    What was sent stands in the trial's ``wandb.json``, and is not sent to the same project again.
+    What was sent where stands in the trial's ``wandb.json``, and is not sent to the same project again.
 
     Args:
       sweep: as of `aaconv.sweep.records.load`.
@@ -90,7 +90,7 @@ def upload(
 
     Raises:
       ImportError: wandb is not installed.
-      ValueError: no trial is finished.
+      ValueError: no trial is finished, or wandb cannot send, as where nobody is logged in; the message has its words.
     """
     import wandb  # pyright: ignore[reportMissingImports]
 
@@ -99,35 +99,51 @@ def upload(
         raise ValueError(f"no trial of {sweep.workdir} is finished, so there is nothing to send ({'; '.join(remarks)})")
     sent = before = 0
     for status in good:
-        trial, folder = status.trial, sweep.folder(status.trial)
+        folder = sweep.folder(status.trial)
         where = {"project": project, "entity": entity}
-        if where.items() <= records.read_json(folder / UPLOADED).items():
+        runs = records.read_json(folder / UPLOADED).get("runs", [])
+        if any(where.items() <= run.items() for run in runs):
             before += 1
             continue
-        cell = {key: value for key, value in sweep.values(trial).items() if key != "seed"}
-        # From what it is and when it ran: sent twice, as by two people, it is one run there.
-        began = records.read_json(folder / TRIAL)["attempts"][0]["started"]
-        identity = hashlib.sha256(f"{sweep.identity(trial)} {began}".encode()).hexdigest()[:16]
-        run = wandb.init(
-            project=project,
-            entity=entity,
-            name=trial.name,
-            id=identity,
-            group=", ".join(f"{short_key(key)}={spell(value)}" for key, value in cell.items()) or None,
-            config=sweep.config(trial).to_dict(),
-            dir=str(sweep.workdir),
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
-        )
-        steps: dict[int, dict[str, float]] = {}
-        for row in metrics.read_rows(folder):  # training and evaluation at one step are one step there
-            steps.setdefault(row["step"], {}).update({key: value for key, value in row.items() if key != "step"})
-        for step, values in steps.items():
-            run.log(values, step=step)
-        counts = {"parameters": trial.parameters, "flops": trial.flops, "seconds": round(status.seconds, 1)}
-        run.summary.update({**status.values, **counts})
-        run.finish()
-        url = None if run.offline else run.url
-        records.write_json(folder / UPLOADED, {**where, "id": identity, "url": url, "sent": time.time()})
-        note(f"sent {trial.name} to {url}" if url else f"wrote {trial.name}, for `wandb sync`")
+        try:
+            identity, url = _send(sweep, status, **where)
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"wandb did not take trial {status.trial.name} for project {project!r}: {' '.join(str(error).split())} "
+                f"({sent} trials were sent; the same command sends the others)"
+            ) from error
+        runs.append({**where, "id": identity, "url": url, "sent": time.time()})
+        records.write_json(folder / UPLOADED, {"runs": runs})
+        note(f"sent {status.trial.name} to {url}" if url else f"wrote {status.trial.name}, for `wandb sync`")
         sent += 1
     return sent, before
+
+
+def _send(sweep: Sweep, status: Status, project: str, entity: str | None) -> tuple[str, str | None]:
+    """Sends a trial; returns the name and the address of its run there, None offline."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    trial, folder = status.trial, sweep.folder(status.trial)
+    cell = {key: value for key, value in sweep.values(trial).items() if key != "seed"}
+    # From what it is and when it ran: sent twice, as by two people, it is one run there.
+    began = records.read_json(folder / TRIAL)["attempts"][0]["started"]
+    identity = hashlib.sha256(f"{sweep.identity(trial)} {began}".encode()).hexdigest()[:16]
+    run = wandb.init(
+        project=project,
+        entity=entity,
+        name=trial.name,
+        id=identity,
+        group=", ".join(f"{short_key(key)}={spell(value)}" for key, value in cell.items()) or None,
+        config=sweep.config(trial).to_dict(),
+        dir=str(sweep.workdir),
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
+    )
+    steps: dict[int, dict[str, float]] = {}
+    for row in metrics.read_rows(folder):  # training and evaluation at one step are one step there
+        steps.setdefault(row["step"], {}).update({key: value for key, value in row.items() if key != "step"})
+    for step, values in steps.items():
+        run.log(values, step=step)
+    counts = {"parameters": trial.parameters, "flops": trial.flops, "seconds": round(status.seconds, 1)}
+    run.summary.update({**status.values, **counts})
+    run.finish()
+    return identity, None if run.offline else run.url

@@ -105,10 +105,21 @@ def test_upload_without_wandb_says_what_to_install(swept, sweep, monkeypatch):
 def test_finished_trials_are_sent_to_wandb_once(swept):
     pytest.importorskip("wandb")
     command = [sys.executable, "-m", "aaconv", "sweep", "upload", "--workdir", str(swept.workdir), "--project"]
-    environment = {**os.environ, "WANDB_MODE": "offline"}
-    for project, sent, before in (("one", 6, 0), ("one", 0, 6), ("two", 6, 0)):
-        done = subprocess.run([*command, project], capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    environment = {**os.environ, "WANDB_MODE": "offline", "HOME": str(swept.workdir)}
+    environment.pop("WANDB_API_KEY", None)
+
+    def upload(project: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, project], capture_output=True, text=True, cwd=REPOSITORY, env=environment | more
+        )
+
+    # Sent to two projects, and to the first again.
+    for project, sent, before in (("one", 6, 0), ("one", 0, 6), ("two", 6, 0), ("one", 0, 6)):
+        done = upload(project)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["sent", str(sent), "trials", "before", str(before), "trials"]
     written = [path.read_bytes() for path in (swept.workdir / "wandb").glob("offline-run-*/*.wandb")]
     assert len(written) == 12 and sum(FINISHED.encode() in text and b"eval/accuracy" in text for text in written) == 2
+    done = upload("three", WANDB_MODE="online")  # nobody is logged in
+    assert done.returncode == cli.WRONG_INPUT and "Traceback" not in done.stderr
+    assert f"wandb did not take trial {FINISHED} for project 'three': " in done.stderr.splitlines()[-1]
