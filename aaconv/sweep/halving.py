@@ -357,5 +357,5 @@ def _read(file: Path, found: Mapping[str, Any]) -> Halving:
 def _alone(workdir: Path) -> Iterator[None]:
     """Keeps other launchers from deciding at the same time."""
     with (workdir / ".halving.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        records.flock(file, fcntl.LOCK_EX)
         yield

@@ -144,9 +144,16 @@ def opened(
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir} is the workdir of a single run: name another --workdir for the sweep")
     with (workdir / ".sweep.lock").open("a") as file:
-        if not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        sweep, written = None, {}
+        if flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            sweep = _merged(workdir, base, trials, note)
+            listed = [dataclasses.asdict(trial) for trial in sweep.trials]
+            written = json.loads(json.dumps({"base": base.to_dict(), "trials": listed}))
+            write_json(workdir / SWEEP, written)
+        # The one lock ends before the other begins, see flock(2): somebody may have come in between.
+        flock(file, fcntl.LOCK_SH)
+        if sweep is None or read_json(workdir / SWEEP) != written:
             # Somebody is at work: the same is joined, another is not.
-            _flock(file, fcntl.LOCK_SH)
             sweep = load(workdir)
             if not _same(sweep, base, trials):
                 raise ValueError(
@@ -154,11 +161,6 @@ def opened(
                     "the same description to help it"
                 )
             note(f"another process is running this sweep in {workdir}: the trials are shared with it")
-        else:
-            sweep = _merged(workdir, base, trials, note)
-            listed = [dataclasses.asdict(trial) for trial in sweep.trials]
-            write_json(workdir / SWEEP, {"base": json.loads(json.dumps(base.to_dict())), "trials": listed})
-            _flock(file, fcntl.LOCK_SH)
         yield sweep
 
 
@@ -170,7 +172,7 @@ def joined(workdir: Path) -> Iterator[Sweep]:
       ValueError: it holds none.
     """
     with (workdir / ".sweep.lock").open("a") as file:
-        _flock(file, fcntl.LOCK_SH)
+        flock(file, fcntl.LOCK_SH)
         yield load(workdir)
 
 
@@ -178,8 +180,17 @@ def _merged(workdir: Path, base: Config, trials: Sequence[Trial], note: Callable
     sweep = Sweep(workdir, base, tuple(trials))
     if (workdir / SWEEP).exists():
         old = load(workdir)
-        ran = {old.identity(trial): trial for trial in old.trials if read_json(old.folder(trial) / TRIAL)}
-        new = [(sweep.identity(trial), trial) for trial in trials]
+        # Runs are the same that differ in nothing but in what changes no result, unless that is what is swept.
+        varied = {key for trial in (*old.trials, *trials) for key in trial.overrides}
+        same = lambda of, trial: json.dumps(
+            [
+                item
+                for item in config_lib.items(of.config(trial))
+                if item[0] in varied or not _changes_no_result(item[0])
+            ]
+        )
+        ran = {same(old, trial): trial for trial in old.trials if read_json(old.folder(trial) / TRIAL)}
+        new = [(same(sweep, trial), trial) for trial in trials]
         # What ran under another name, as with fewer keys overridden, keeps its folder.
         trials = [dataclasses.replace(trial, name=ran[key].name) if key in ran else trial for key, trial in new]
         names = {trial.name for trial in trials}
@@ -224,9 +235,14 @@ def changes(old: Config | Mapping[str, Any], new: Config) -> dict[str, tuple[Any
 
     as_dict = lambda config: json.loads(train.to_json(config)) if isinstance(config, ConfigDict) else config
     found = train.config_changes(as_dict(old), as_dict(new))
+    return {key: values for key, values in found.items() if not _changes_no_result(key)}
+
+
+def _changes_no_result(key: str) -> bool:
+    from aaconv import train
+
     # A single run may be lengthened; trials of different lengths cannot be compared.
-    harmless = tuple(key for key in train.CONTINUABLE if key not in ("num_epochs", "num_steps"))
-    return {key: values for key, values in found.items() if not key.startswith(harmless)}
+    return key.startswith(tuple(name for name in train.CONTINUABLE if name not in ("num_epochs", "num_steps")))
 
 
 def changes_since(sweep: Sweep, trial: Trial) -> dict[str, tuple[Any, Any]]:
@@ -248,31 +264,42 @@ def spell_changes(found: Mapping[str, tuple[Any, Any]]) -> str:
 def claim(folder: Path) -> Iterator[bool]:
     """Takes a trial for this process, until the context ends; gives False where another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".trial.lock").open("a") as file:
-        for patience in (0.02, 0.05, 0):
-            if _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                yield True
-                return
-            time.sleep(patience)  # somebody may only be looking, as `is_claimed` does
-        yield False
+    with lock(folder / ".trial.lock") as mine:
+        yield mine
 
 
 def is_claimed(folder: Path) -> bool:
     """Whether some process runs a trial."""
     try:
         with (folder / ".trial.lock").open() as file:
-            return not _flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return not flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
 
 
-def _flock(file: Any, operation: int) -> bool:
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[bool]:
+    """Locks a file for this process, until the context ends; gives False where another process has it."""
+    with path.open("a") as file:
+        for patience in (0.02, 0.05, 0):
+            if flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                yield True
+                return
+            time.sleep(patience)  # somebody may only be looking, as `is_claimed` does
+        yield False
+
+
+def flock(file: Any, operation: int) -> bool:
+    """Does as `fcntl.flock`, and tells whether that was possible without waiting.
+
+    On a file system without locks, as some network file systems are, everybody gets what they ask for.
+    """
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
         return False
     except OSError:
-        pass  # Some network file systems have no locks.
+        pass
     return True
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aaconv import launch, metrics, train
+from aaconv import checkpoints, launch, metrics, train
 from aaconv.sweep import records, tracking
 from aaconv.sweep.description import Trial
 from aaconv.sweep.records import FAILED, FINISHED, KILLED, OUTPUT, PAUSED, PROGRESS, STOPPED, TRIAL, Sweep
@@ -130,6 +130,7 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False, job: str = "
         raise
     finally:
         attempt["seconds"] = round(time.time() - attempt["started"], 3)
+        attempt["saved_step"] = max(checkpoints.finished_steps(folder), default=0)
         records.write_json(folder / TRIAL, record)
         tracking.write_hparams(sweep, trial)
         jax.clear_caches()  # Other networks' programs would only fill the memory.
@@ -189,8 +190,39 @@ def close_open_attempt(sweep: Sweep, trial: Trial, reason: str = "") -> dict[str
     for name in (OUTPUT, PROGRESS):
         with contextlib.suppress(FileNotFoundError):
             last["seconds"] = max(last.get("seconds", 0), (folder / name).stat().st_mtime - last["started"])
+    last["saved_step"] = max(checkpoints.finished_steps(folder), default=0)
     records.write_json(folder / TRIAL, record)
     return record
+
+
+def fail_if_stalled(sweep: Sweep, trial: Trial, job: str) -> bool:
+    """Records that a trial failed whose job was queued again twice without a step saved in between.
+
+    Without that such a job, whose time limit ends before its first step, say, would go round for ever.
+
+    Args:
+      sweep: of the trial.
+      trial: which; this process has claimed it.
+      job: number of the job of Slurm that this process is of.
+
+    Returns:
+      Whether it was so.
+    """
+    record = close_open_attempt(sweep, trial)
+    ended = [attempt for attempt in record.get("attempts", []) if attempt.get("job") == job][-2:]
+    if len(ended) < 2 or any(attempt["outcome"] not in (STOPPED, KILLED) for attempt in ended):
+        return False
+    before, step = (attempt.get("saved_step", 0) for attempt in ended)
+    if step > before:
+        return False
+    ended[-1]["outcome"] = FAILED
+    ended[-1]["error"] = (
+        f"its job {job} of Slurm was queued again twice and saved no step in between, after step {step}: give a longer "
+        "--time, or a --save-seconds that leaves more of it; where compiling takes that long, "
+        "--setup 'export JAX_COMPILATION_CACHE_DIR=FOLDER' keeps what is compiled"
+    )
+    records.write_json(sweep.folder(trial) / TRIAL, record)
+    return True
 
 
 def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -241,9 +273,13 @@ def work(
 
 
 def unsettled(sweep: Sweep, retries: int, since: float) -> list[Trial]:
-    """Returns the trials that are not finished and may be tried, those that failed at the end."""
+    """Returns the trials that are not finished and may be tried or are being tried, those that failed at the end."""
     counted = [(failures(sweep, trial, since), trial) for trial in sweep.trials if not is_finished(sweep, trial)]
-    return [trial for count, trial in sorted(counted, key=lambda pair: pair[0]) if count <= retries]
+    return [
+        trial
+        for count, trial in sorted(counted, key=lambda pair: pair[0])
+        if count <= retries or records.is_claimed(sweep.folder(trial))
+    ]
 
 
 def is_finished(sweep: Sweep, trial: Trial) -> bool:
@@ -362,8 +398,10 @@ class _Workers:
                 for slot in free[: max(0, wanted - len(self._processes))]:
                     self._processes[slot] = self._start(slot)
                 time.sleep(POLL_SECONDS)
-            self._stop()
             raise train.Preempted("stopped")
+        except Exception:  # Whatever ends the launcher, what runs is saved; a second ctrl-C does not wait for it.
+            self._stop()
+            raise
         finally:
             for process in self._processes.values():
                 process.kill()
@@ -421,11 +459,13 @@ class _Workers:
             reason += " (out of memory?)" if process.returncode == -signal.SIGKILL else ""
         else:
             reason = f"its process ended with exit code {process.returncode}"
-        for status in records.statuses(self._sweep):
-            if status.process == name and status.state != FINISHED:
-                with records.claim(self._sweep.folder(status.trial)) as mine:
+        for trial in self._sweep.trials:
+            folder = self._sweep.folder(trial)
+            last = (records.read_json(folder / TRIAL).get("attempts") or [{}])[-1]
+            if last.get("process") == name and "outcome" not in last:
+                with records.claim(folder) as mine:
                     if mine:
-                        close_open_attempt(self._sweep, status.trial, reason)
+                        close_open_attempt(self._sweep, trial, reason)
                 return True
         return False
 
@@ -537,7 +577,8 @@ def visible_processors() -> list[int]:
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Returns the NVIDIA GPUs that jax would see, as ``CUDA_VISIBLE_DEVICES`` names them, without starting jax."""
-    if "cuda" not in environment.get("JAX_PLATFORMS", "cuda"):
+    platforms = environment.get("JAX_PLATFORMS") or "cuda"
+    if not {"cuda", "gpu"} & set(platforms.split(",")):
         return []
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is not None:

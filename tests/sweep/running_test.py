@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 from aaconv import checkpoints, cli, config as config_lib, train
-from aaconv.sweep import description, display, records, running
+from aaconv.sweep import description, display, halving, records, running
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOOD, BAD = "learning_rate=0.1,seed=1", "learning_rate=1e+30,seed=0"
@@ -154,6 +156,17 @@ def test_a_trial_described_in_another_way_keeps_its_folder(config, tmp_path):
             assert joined == sweep
 
 
+def test_what_changes_no_result_makes_no_second_run_of_a_trial_under_another_name(config, tmp_path):
+    with open_sweep(tmp_path, config, "model.width=1", "seed=0") as sweep:
+        records.write_json(make(sweep, 0) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.5}})
+    base = config_lib.load(config, ["log_every_steps=1"])
+    with records.opened(tmp_path, base, [description.Trial("seed=0", {"seed": 0})]) as sweep:
+        assert [trial.name for trial in sweep.trials] == ["width=1,seed=0"]
+    swept = [description.Trial(f"log={n}", {"log_every_steps": n, "seed": 0}) for n in (1, 4)]
+    with records.opened(tmp_path, base, swept) as sweep:
+        assert [trial.name for trial in sweep.trials] == ["width=1,seed=0", "log=4"]
+
+
 def make(sweep: records.Sweep, index: int) -> Path:
     folder = sweep.folder(sweep.trials[index])
     folder.mkdir(parents=True)
@@ -166,6 +179,34 @@ def test_launchers_share_a_description_and_refuse_another(config, tmp_path):
             assert second == first
         with pytest.raises(ValueError, match="is running a sweep with other trials"):
             open_sweep(tmp_path, config, "seed=2").__enter__()
+
+
+def test_a_description_that_comes_between_two_locks_is_not_mixed_with_this_one(config, tmp_path, monkeypatch):
+    flock, others = fcntl.flock, contextlib.ExitStack()
+
+    def slow_change(file: Any, operation: int) -> None:
+        """As Linux does it: the lock there was ends, somebody else may come, then the new one begins."""
+        if operation == fcntl.LOCK_SH:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            flock(file, fcntl.LOCK_UN)
+            others.enter_context(open_sweep(tmp_path, config, "seed=2"))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow_change)
+    with others, pytest.raises(ValueError, match="is running a sweep with other trials"):
+        open_sweep(tmp_path, config, "seed=0").__enter__()
+    assert [trial.name for trial in records.load(tmp_path).trials] == ["seed=2"]
+
+
+def test_a_file_system_without_locks_runs_and_halves_a_sweep_all_the_same(config, tmp_path, monkeypatch):
+    def no_locks(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with open_sweep(tmp_path, config, "seed=0,1") as sweep, records.claim(sweep.folder(sweep.trials[0])) as mine:
+        assert mine
+        halving.Halving(1, "steps").begin(sweep, [])
+    assert halving.recorded(tmp_path) == halving.Halving(1, "steps")
 
 
 def test_a_trial_that_somebody_has_is_not_run(config, tmp_path):
@@ -187,6 +228,8 @@ def test_failures_count_since_the_launcher_started(config, tmp_path):
         assert names(0, 5.0) == names(1, 5.0) == ["seed=1"]
         assert names(2, 5.0) == names(1, 15.0) == ["seed=1", "seed=0"]  # first what did not fail yet
         assert names(0, 30.0) == ["seed=0", "seed=1"]
+        with records.claim(sweep.folder(sweep.trials[0])):  # somebody tries it, and it may yet finish
+            assert names(0, 5.0) == ["seed=1", "seed=0"]
 
 
 def test_the_table_shows_who_stands_how(config, tmp_path, capsys):
@@ -336,6 +379,8 @@ def test_gpus_are_seen_as_cuda_names_them():
     assert gpus(CUDA_VISIBLE_DEVICES="2, GPU-8f,MIG-1/2") == ["2", "GPU-8f", "MIG-1/2"]
     assert gpus(CUDA_VISIBLE_DEVICES="-1") == gpus(CUDA_VISIBLE_DEVICES="") == []
     assert gpus(CUDA_VISIBLE_DEVICES="0", JAX_PLATFORMS="cpu") == []
+    for platforms in ("", "cuda", "gpu", "cuda,cpu", "gpu,cpu"):
+        assert gpus(CUDA_VISIBLE_DEVICES="0", JAX_PLATFORMS=platforms) == ["0"]
 
 
 def test_every_processor_and_gpu_is_given_away_once():
