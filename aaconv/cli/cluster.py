@@ -60,7 +60,7 @@ def add_slurm(sweep: Parser) -> None:
         ("tasks-per-node", "N", "processes of a trial on each node (default: one, which has all its GPUs)"),
         ("cpus-per-task", "N", "default: Slurm's, often one"),
         ("gpus-per-node", "N", "default: none"),
-        ("array-parallelism", "N", "trials that run at a time (default: no limit)"),
+        ("array-parallelism", "N", "trials that run at a time, in all (default: no limit)"),
         ("save-seconds", "S", "before the time limit, for a step and a checkpoint (default: 300)"),
     ):
         group.add_argument(f"--{flag}", type=at_least_one, metavar=metavar, help=what)

@@ -16,9 +16,11 @@ References:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import platform
 import re
@@ -38,9 +40,12 @@ from aaconv.sweep.description import Trial
 from aaconv.sweep.records import KILLED, STOPPED, TRIAL, Sweep
 
 FOLDER = "slurm"  # in the sweep's workdir: scripts, logs, and which job has which trial
-LOOK_SECONDS, QUEUE_SECONDS = 1.0, 10.0  # between looks at files, which cost the cluster nothing, and at the queue
+LOOK_SECONDS = 1.0  # between looks at files, which cost the cluster nothing
+QUEUE_SECONDS = 10.0  # at most, between looks at the queue: a tenth of the time since the launcher began
+REFUSED_SECONDS = 60.0  # before Slurm is asked again to take jobs
 LARGEST_ARRAY = 1000  # jobs; one below Slurm's default for MaxArraySize
 LOG_LINES = 8
+YIELDED = "is finished, or somebody else runs it"  # the last words of a job that had nothing to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Resources:
       cpus_per_task: cores of each process; Slurm's default is often one.
       gpus_per_node: 0 for none.
       mem: of each node, in Slurm's form, e.g. ``32G``.
-      array_parallelism: trials that run at a time, at most; 0 for no limit.
+      array_parallelism: trials that run at a time, at most, of all arrays together; 0 for no limit.
       save_seconds: how long before the time limit a trial is told to save and leave.
       setup: lines of bash that come before training, e.g. ``module load cuda``.
       others: further options of ``sbatch``, by name without dashes.
@@ -179,33 +184,27 @@ class Job:
     reason: str
 
 
-def queue(workdir: Path) -> dict[str, Job] | None:
-    """Returns the jobs of a sweep that have not ended, by their trial, or None where Slurm does not answer."""
+def queue(workdir: Path) -> list[Job] | None:
+    """Returns the jobs of a sweep that have not ended, or None where Slurm does not answer."""
     listed = _ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%r|%j")
     if listed is None:
         return None
-    found: dict[str, Job] = {}
+    found: list[Job] = []
+    arrays: dict[str, list[str]] = {}
     for line in listed.splitlines():
         job, index, state, reason, name = line.split("|", 4)
         if "/" in name:
             continue
-        trials = records.read_json(workdir / FOLDER / f"{name}.json").get("trials", [])
+        if name not in arrays:
+            arrays[name] = records.read_json(workdir / FOLDER / f"{name}.json").get("trials", [])
         position = int(index) if index.isdecimal() else 0
-        if position < len(trials):
+        if position < len(arrays[name]):
             number = f"{job}_{index}" if index.isdecimal() else job
-            found[trials[position]] = Job(number, trials[position], state, reason)
+            found.append(Job(number, arrays[name][position], state, reason))
     return found
 
 
 # The launcher
-
-
-@dataclasses.dataclass
-class _Given:
-    """What the launcher knows of a trial that it has seen in the queue."""
-
-    number: str
-    attempts: int  # that had been made before
 
 
 class Cluster:
@@ -223,11 +222,14 @@ class Cluster:
     def __init__(self, sweep: Sweep, resources: Resources, note: Callable[[str], None] = lambda text: None) -> None:
         nodes = resources.nodes or nodes_for(sweep, resources.gpus_per_node)
         self._resources, self._note = dataclasses.replace(resources, nodes=nodes), note
-        self._given: dict[str, _Given] = {}
+        self._seen: dict[str, str] = {}  # the trial of each job that was in the queue when it was last looked at
+        self._accepted, self._again = False, 0.0  # whether Slurm took a job; when to ask again after it did not
         self._told: set[str] = set()
 
     def run(self, part: Sweep, *, retries: int, since: float, signals: train.Signals) -> None:
         """Submits what is missing of a sweep and is not in the queue, until all is finished or has failed.
+
+        Of several launchers one submits; the others wait, and one of them goes on when that one has ended.
 
         Args:
           part: trials, and where they pause.
@@ -236,76 +238,104 @@ class Cluster:
           signals: a caught one ends the launcher, not the jobs.
 
         Raises:
-          ValueError: Slurm refuses a job; the message has its words.
+          ValueError: Slurm refuses the first jobs; the message has its words.
           Preempted: a signal came.
         """
-        looked = -QUEUE_SECONDS
-        jobs: dict[str, Job] = {}
-        while signals.caught is None:
-            if not running.unsettled(part, retries, since):
-                return
-            if time.monotonic() - looked >= QUEUE_SECONDS:
-                looked = time.monotonic()
-                found = queue(part.workdir)
-                if found is None:
-                    self._say_once(f"Slurm does not answer ({_ask.error}); the jobs go on, and it is asked again")
-                else:
-                    jobs = found
-                    self._look(part, jobs)
-                    missing = [
-                        trial
-                        for trial in running.unsettled(part, retries, since)
-                        if trial.name not in jobs and not records.is_claimed(part.folder(trial))
-                    ]
-                    for begin in range(0, len(missing), LARGEST_ARRAY):
-                        self._submit(part, missing[begin : begin + LARGEST_ARRAY])
-            time.sleep(LOOK_SECONDS)
-        numbers = sorted({job.number.partition("_")[0] for job in jobs.values()} | self._arrays(part))
+        began, looked, submits = time.monotonic(), -math.inf, False
+        finished = all(running.is_finished(part, trial) for trial in part.trials)
+        jobs = [] if finished else queue(part.workdir) or []
+        with contextlib.ExitStack() as stack:
+            while signals.caught is None:
+                if not running.unsettled(part, retries, since) and not self._waiting(part, jobs):
+                    return
+                now = time.monotonic()
+                if now - looked >= min(QUEUE_SECONDS, max(LOOK_SECONDS, (now - began) / 10)):
+                    looked = now
+                    submits = submits or self._takes_over(part, stack)
+                    found = queue(part.workdir)
+                    if found is None:
+                        self._say_once(f"Slurm does not answer ({_ask.error}); the jobs go on, and it is asked again")
+                    else:
+                        jobs = found
+                        if submits:
+                            jobs = self._look(part, self._without_lost(part, jobs))
+                            jobs += self._submit_missing(part, jobs, running.unsettled(part, retries, since))
+                time.sleep(LOOK_SECONDS)
+        numbers = sorted({job.number.partition("_")[0] for job in self._waiting(part, jobs)})
         raise train.Preempted(
             "the jobs of Slurm go on without this launcher: the same command watches them again"
             + (f", `scancel {' '.join(numbers)}` ends them" if numbers else "")
         )
 
-    def _arrays(self, part: Sweep) -> set[str]:
-        waiting = [trial.name for trial in part.trials if not running.is_finished(part, trial)]
-        return {self._given[name].number.partition("_")[0] for name in waiting if name in self._given}
+    def _waiting(self, part: Sweep, jobs: Sequence[Job]) -> list[Job]:
+        """Returns the jobs whose trials are not finished: also one that failed may be run again, by Slurm itself."""
+        waiting = {trial.name for trial in part.trials if not running.is_finished(part, trial)} if jobs else set()
+        return [job for job in jobs if job.trial in waiting]
 
-    def _look(self, part: Sweep, jobs: Mapping[str, Job]) -> None:
+    def _takes_over(self, part: Sweep, stack: contextlib.ExitStack) -> bool:
+        """Whether this launcher is the one that submits, from now on until `stack` ends."""
+        (part.workdir / FOLDER).mkdir(exist_ok=True)
+        with contextlib.ExitStack() as attempt:
+            if attempt.enter_context(records.lock(part.workdir / FOLDER / ".lock")):
+                stack.enter_context(attempt.pop_all())
+                return True
+        self._say_once("another launcher submits the jobs of this sweep: this one watches, and goes on when that ends")
+        return False
+
+    def _without_lost(self, part: Sweep, jobs: Sequence[Job]) -> list[Job]:
+        """Cancels jobs that a launcher submitted which was killed before it had written down what they are to do."""
+        written = lambda job: (part.workdir / FOLDER / f"{job.number}_submitted.pkl").exists()
+        lost = {job.number for job in jobs if job.number not in self._seen and not written(job)}
+        if lost:
+            self._say_once(f"cancelling {', '.join(sorted(lost))}: the launcher that submitted them was killed over it")
+            _ask("scancel", *lost)
+        return [job for job in jobs if job.number not in lost]
+
+    def _look(self, part: Sweep, jobs: list[Job]) -> list[Job]:
         """Takes note of what is in the queue, and records how those ended that left it with their trials unfinished."""
+        there = {job.number: job.trial for job in jobs}
+        trials = {trial.name: trial for trial in part.trials}
+        for number, name in self._seen.items():
+            if number not in there and name in trials:
+                self._bury(part, trials[name], number)
+        self._seen = there
         for trial in part.trials:
-            job = jobs.get(trial.name)
             attempts = records.read_json(part.folder(trial) / TRIAL).get("attempts", [])
-            ended = [attempt for attempt in attempts if "outcome" in attempt]
-            if job is None:
-                if trial.name in self._given or len(ended) < len(attempts):
-                    self._bury(part, trial)
-                continue
-            # Those that are new here were submitted by a launcher before this one.
-            self._given.setdefault(trial.name, _Given(job.number, len(ended)))
+            if attempts and "outcome" not in attempts[-1] and trial.name not in there.values():
+                with records.claim(part.folder(trial)) as mine:
+                    if mine:
+                        running.close_open_attempt(part, trial)
+        for job in jobs:
             if job.state == "PENDING" and _never_starts(job.reason):
-                self._say_once(f"job {job.number} ({trial.name}) cannot start: {job.reason}; see `scontrol show job`")
+                self._say_once(f"job {job.number} ({job.trial}) cannot start: {job.reason}; see `scontrol show job`")
+        return jobs
 
-    def _bury(self, part: Sweep, trial: Trial) -> None:
-        folder, given = part.folder(trial), self._given.pop(trial.name, None)
-        number = given.number if given else ""
+    def _bury(self, part: Sweep, trial: Trial, number: str) -> None:
+        """Records at a trial how its job ended, unless the job has done so itself."""
+        folder, log = part.folder(trial), _log(part.workdir, number)
         with records.claim(folder) as mine:
             if not mine:  # it runs, in another place
                 return
-            reason = (
-                f"its job {number} of Slurm ended without a word: killed, out of memory, or cancelled" if given else ""
+            attempts = records.read_json(folder / TRIAL).get("attempts", [])
+            open_here = bool(attempts) and attempts[-1].get("job") == number and "outcome" not in attempts[-1]
+            record = running.close_open_attempt(
+                part,
+                trial,
+                f"its job {number} of Slurm ended without a word: killed, out of memory, or cancelled"
+                if open_here
+                else "",
             )
-            record = running.close_open_attempt(part, trial, reason)
-            if given is None or running.is_finished(part, trial):
-                return
             attempts = record.setdefault("attempts", [])
-            if len(attempts) <= given.attempts:
-                log = records.last_lines(_log(part.workdir, number), LOG_LINES)
+            if running.is_finished(part, trial) or YIELDED in records.last_lines(log, LOG_LINES):
+                return
+            if all(attempt.get("job") != number for attempt in attempts):
+                lines = records.last_lines(log, LOG_LINES)
                 attempt = {"started": time.time(), "process": "", "job": number, "seconds": 0.0, "outcome": KILLED}
                 attempts.append(
-                    attempt | {"error": f"{log}\nits job {number} of Slurm ended before training began".strip()}
+                    attempt | {"error": f"{lines}\nits job {number} of Slurm ended before training began".strip()}
                 )
                 record |= {"name": trial.name, "overrides": trial.overrides}
-            elif attempts[-1]["outcome"] == STOPPED:
+            elif attempts[-1].get("job") == number and attempts[-1]["outcome"] == STOPPED:
                 attempts[-1] |= {
                     "outcome": KILLED,
                     "error": f"its job {number} of Slurm was cancelled; what it had was saved",
@@ -314,19 +344,46 @@ class Cluster:
                 return
             records.write_json(folder / TRIAL, record)
 
-    def _submit(self, part: Sweep, trials: Sequence[Trial]) -> None:
+    def _submit_missing(self, part: Sweep, jobs: Sequence[Job], unsettled: Sequence[Trial]) -> list[Job]:
+        queued = {job.trial for job in jobs}
+        missing = [t for t in unsettled if t.name not in queued and not records.is_claimed(part.folder(t))]
+        submitted: list[Job] = []
+        for begin in range(0, len(missing), LARGEST_ARRAY):
+            room = self._room([*jobs, *submitted])
+            if not room or time.monotonic() < self._again:
+                break
+            try:
+                submitted += self._submit(part, missing[begin : begin + LARGEST_ARRAY], room)
+            except ValueError as error:
+                # At first somebody is there to mend it. Later it may be a limit, or a controller that is busy.
+                if not self._accepted and not jobs:
+                    raise
+                self._again = time.monotonic() + REFUSED_SECONDS
+                self._say_once(f"{error}; it is asked again every {REFUSED_SECONDS:g} s")
+        return submitted
+
+    def _room(self, jobs: Sequence[Job]) -> int:
+        """Returns how many trials may run at a time beside those of the arrays there are."""
+        limit = self._resources.array_parallelism
+        if not limit:
+            return LARGEST_ARRAY
+        sizes = collections.Counter(job.number.partition("_")[0] for job in jobs)
+        return max(0, limit - sum(min(limit, size) for size in sizes.values()))
+
+    def _submit(self, part: Sweep, trials: Sequence[Trial], at_a_time: int) -> list[Job]:
         folder = part.workdir / FOLDER
-        folder.mkdir(exist_ok=True)
         name = f"{part.workdir.name}.{secrets.token_hex(4)}"
         names = [trial.name for trial in trials]
         records.write_json(folder / f"{name}.json", {"trials": names})
-        numbers = submit(part, names, folder, name, self._resources)
-        for trial, number in zip(trials, numbers, strict=True):
-            before = records.read_json(part.folder(trial) / TRIAL).get("attempts", [])
-            self._given[trial.name] = _Given(number, len(before))
+        resources = dataclasses.replace(self._resources, array_parallelism=at_a_time)
+        numbers = submit(part, names, folder, name, resources)
+        self._accepted = True
+        jobs = [Job(number, name, "PENDING", "") for number, name in zip(numbers, names, strict=True)]
+        self._seen |= {job.number: job.trial for job in jobs}
         array = numbers[0].partition("_")[0]
         what = f"{len(trials)} trials as the array" if len(trials) > 1 else f"{names[0]} as the job"
         self._note(f"submitted {what} {array} of Slurm, logs in {folder}")
+        return jobs
 
     def _say_once(self, text: str) -> None:
         if text not in self._told:
@@ -377,7 +434,7 @@ def submit(part: Sweep, names: Sequence[str], folder: Path, name: str, resources
         ntasks_per_node=resources.tasks_per_node,
         cpus_per_task=resources.cpus_per_task or None,
         gpus_per_node=resources.gpus_per_node or None,
-        array_parallelism=resources.array_parallelism or len(names),
+        array_parallelism=resources.array_parallelism,
         stderr_to_stdout=True,
         wckey=None,
         setup=[*resources.setup, launch.GO_ON],
@@ -390,7 +447,7 @@ def submit(part: Sweep, names: Sequence[str], folder: Path, name: str, resources
     try:
         with contextlib.redirect_stderr(said):
             jobs = executor.map_array(run_in_job, [str(part.workdir)] * len(names), names, until)
-    except (FailedJobError, FailedSubmissionError) as error:
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise ValueError(f"Slurm refuses the jobs: {' '.join(str(error).split())}") from error
     return [job.job_id for job in jobs]
 
@@ -433,11 +490,16 @@ def _run_in_job(workdir: Path, name: str, until: int | None, number: str) -> int
             print(f"{workdir} describes no trial {name} any more")
             return 0
         (trial,) = sweep.trials
-        mine = not first or (
-            stack.enter_context(records.claim(sweep.folder(trial))) and not running.is_finished(sweep, trial)
-        )
-        if not hosts.exchange(mine)[0]:
-            print(f"trial {name} is finished, or somebody else runs it")
+        mine, stalled = True, False
+        if first:
+            mine = stack.enter_context(records.claim(sweep.folder(trial))) and not running.is_finished(sweep, trial)
+            stalled = mine and running.fail_if_stalled(sweep, trial, number)
+        mine, stalled = hosts.exchange([mine, stalled])[0]
+        if stalled:
+            print(f"trial {name} saved no step since its job was queued again: see {sweep.folder(trial) / TRIAL}")
+            return 1
+        if not mine:
+            print(f"trial {name} {YIELDED}")
             return 0
         try:
             if first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import csv
 import importlib.util
@@ -18,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from aaconv import cli
-from aaconv.sweep import records, slurm as slurm_jobs
+from aaconv import cli, train
+from aaconv.sweep import records, running, slurm as slurm_jobs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
@@ -92,26 +93,43 @@ def table(workdir: Path) -> list[tuple[str, str, str]]:
     return [row for row in rows if not row[1].startswith("perf/")]
 
 
-@pytest.mark.by_hand
-def test_sixteen_trials_two_and_the_launcher_killed_give_the_table_of_an_undisturbed_sweep(
-    slurm, long_config, tmp_path
-):
-    line = ("--config", long_config, "--grid", "schedule.learning_rate=0.05,0.1", "--grid", "seed=0:8")
+@pytest.mark.slow
+def test_two_trials_and_the_launcher_killed_give_the_table_of_an_undisturbed_sweep(slurm, config, tmp_path):
+    line = ("--config", config, "--config.num_steps=12", "--grid", "seed=0:3")
+    finish(slurm.environment, *line, "--workdir", tmp_path / "undisturbed")
     workdir = tmp_path / "slurm sweep"
     with launch(slurm.environment, *line, "--workdir", workdir, "--slurm", "--retries", "1") as launcher:
-        cancelled = wait_for(lambda: saved_and_running(workdir), launcher)[0]
+        cancelled = catch(workdir, launcher)
         slurm.call("scancel", job_of(workdir, cancelled))
-        other = lambda: [s for s in saved_and_running(workdir) if s.trial != cancelled.trial]
-        killed = wait_for(other, launcher)[0]
-        os.kill(int(killed.process.rpartition(":")[2]), signal.SIGKILL)
-        wait_for(lambda: len(submitted(workdir)) == 18, launcher)
-        wait_for(lambda: saved_and_running(workdir), launcher)
+        killed = catch(workdir, launcher, but=cancelled)
+        os.kill(process_of(killed), signal.SIGKILL)
+        wait_for(lambda: len(list(workdir.glob("slurm/*_submitted.pkl"))) == 5, launcher)
         launcher.kill()
     finish(slurm.environment, *line, "--workdir", workdir, "--slurm")
-    finish(slurm.environment, *line, "--workdir", tmp_path / "undisturbed")
-    assert table(workdir) == table(tmp_path / "undisturbed") and len(table(workdir)) >= 16 * 5
-    # The second launcher took over what the first had submitted, and nothing ran twice, at once or in all.
-    assert len(submitted(workdir)) == 18
+    check_disturbed(workdir, tmp_path / "undisturbed", cancelled, killed)
+    assert len(submitted(workdir)) == 5
+
+
+def catch(workdir: Path, launcher: subprocess.Popen[str], but: records.Status | None = None) -> records.Status:
+    """Returns a trial in its middle, and holds its process there, which a signal of Slurm's lets go."""
+
+    def held() -> records.Status | None:
+        for status in saved_and_running(workdir):
+            if but is None or status.trial != but.trial:
+                os.kill(process_of(status), signal.SIGSTOP)
+                return status
+        return None
+
+    return wait_for(held, launcher)
+
+
+def process_of(status: records.Status) -> int:
+    return int(status.process.rpartition(":")[2])
+
+
+def check_disturbed(workdir: Path, undisturbed: Path, cancelled: records.Status, killed: records.Status) -> None:
+    """The table is that of the other sweep, and nothing ran twice, at once or in all."""
+    assert table(workdir) == table(undisturbed) and len(table(workdir)) >= len(list(workdir.glob("trials/*"))) * 5
     for folder in (workdir / "trials").iterdir():
         made = attempts(workdir, folder.name)
         disturbed = folder.name in (cancelled.trial.name, killed.trial.name)
@@ -121,12 +139,33 @@ def test_sixteen_trials_two_and_the_launcher_killed_give_the_table_of_an_undistu
 
 
 @pytest.mark.by_hand
+def test_sixteen_trials_two_and_the_launcher_killed_give_the_table_of_an_undisturbed_sweep(
+    slurm, long_config, tmp_path
+):
+    line = ("--config", long_config, "--grid", "schedule.learning_rate=0.05,0.1", "--grid", "seed=0:8")
+    workdir = tmp_path / "slurm sweep"
+    with launch(slurm.environment, *line, "--workdir", workdir, "--slurm", "--retries", "1") as launcher:
+        cancelled = catch(workdir, launcher)
+        slurm.call("scancel", job_of(workdir, cancelled))
+        killed = catch(workdir, launcher, but=cancelled)
+        os.kill(process_of(killed), signal.SIGKILL)
+        wait_for(lambda: len(list(workdir.glob("slurm/*_submitted.pkl"))) == 18, launcher)
+        wait_for(lambda: saved_and_running(workdir), launcher)
+        launcher.kill()
+    finish(slurm.environment, *line, "--workdir", workdir, "--slurm")
+    finish(slurm.environment, *line, "--workdir", tmp_path / "undisturbed")
+    check_disturbed(workdir, tmp_path / "undisturbed", cancelled, killed)
+    assert len(submitted(workdir)) == 18  # the second launcher took over what the first had submitted
+
+
+@pytest.mark.by_hand
 def test_a_trial_on_two_hosts_is_taken_away_queued_again_and_goes_on(slurm, long_config, tmp_path):
     line = ("--config", long_config, "--grid", "seed=0", "--config.mesh.data=-1", "--config.data.data_dir", tmp_path)
     with launch(slurm.environment, *line, "--workdir", tmp_path / "run", "--slurm", "--nodes", "2") as launcher:
-        (running,) = wait_for(lambda: saved_and_running(tmp_path / "run"), launcher)
+        running = catch(tmp_path / "run", launcher)
         job = job_of(tmp_path / "run", running)
         slurm.call("scancel", "--signal=TERM", job)  # as Slurm does before the time limit, and to make room
+        os.kill(process_of(running), signal.SIGCONT)
         _, said = launcher.communicate(timeout=600)
     assert launcher.returncode == cli.OK, said
     first, second = attempts(tmp_path / "run", "seed=0")
@@ -134,6 +173,147 @@ def test_a_trial_on_two_hosts_is_taken_away_queued_again_and_goes_on(slurm, long
     printed = (tmp_path / "run" / "trials" / "seed=0" / "output.txt").read_text()
     assert "on 2 devices" in printed and "continuing" in printed
     assert submitted(tmp_path / "run") == ["seed=0"]
+
+
+# Launchers of jobs that train nothing
+
+
+class Until:
+    """Signals of a launcher that is stopped after so many looks."""
+
+    name = "SIGTERM"
+
+    def __init__(self, looks: int) -> None:
+        self._looks = looks
+
+    @property
+    def caught(self) -> int | None:
+        self._looks -= 1
+        return signal.SIGTERM if self._looks < 0 else None
+
+
+@pytest.fixture
+def launcher(slurm, config, made_up, tmp_path, monkeypatch) -> Iterator[Any]:
+    """Makes the launcher of a sweep of two trials whose jobs run some lines of bash; it has the ``sweep``."""
+    for name, value in {**slurm.environment, "SUBMITIT_LOG_LEVEL": "NOCONFIG"}.items():
+        monkeypatch.setenv(name, value)
+    sweep = made_up(tmp_path / "run", config, ["seed=0,1"], [], lambda overrides: None)
+
+    def make(*setup: str, note: Callable[[str], None] = lambda text: None, **resources: Any) -> slurm_jobs.Cluster:
+        return slurm_jobs.Cluster(sweep, slurm_jobs.Resources(setup=setup, **resources), note=note)
+
+    make.sweep = sweep  # type: ignore[attr-defined]
+    yield make
+    slurm.call("scancel", f"--user={os.getuid()}")
+    slurm.wait_for(lambda: not slurm.call("squeue", "-h"), 60, "end of the jobs")
+
+
+def wrap_sbatch(folder: Path, *, before: str = "", after: str = "") -> str:
+    """Puts lines of a shell around ``sbatch``; returns the PATH on which that is found."""
+    folder.mkdir()
+    (folder / "sbatch").write_text(f'#!/bin/sh\n{before}\n{shutil.which("sbatch")} "$@"\n{after}\n')
+    (folder / "sbatch").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+KILLED_WHILE_IT_SUBMITS = """
+import sys, types
+from aaconv.sweep import records, slurm
+sweep = records.load(sys.argv[1])
+cluster = slurm.Cluster(sweep, slurm.Resources(setup=["exec sleep 600"]))
+cluster.run(sweep, retries=0, since=0.0, signals=types.SimpleNamespace(caught=None))
+"""
+
+
+@pytest.mark.slow
+def test_of_all_launchers_killed_stopped_or_two_at_once_a_trial_has_one_job(slurm, launcher, tmp_path):
+    sweep = launcher.sweep
+    path = wrap_sbatch(tmp_path / "bin", after="kill -9 $PPID")
+    words = [sys.executable, "-c", KILLED_WHILE_IT_SUBMITS, sweep.workdir]
+    done = subprocess.run(words, env={**os.environ, "PATH": path}, cwd=REPOSITORY, timeout=300)
+    lost = {job.number for job in slurm_jobs.queue(sweep.workdir) or []}
+    assert done.returncode == -signal.SIGKILL and len(lost) == 2
+
+    # Two at once take over from the one that was killed before submitit had said what its jobs are to do.
+    said: list[str] = []
+    run = lambda looks, since=0.0: launcher("exec sleep 600", note=said.append).run(
+        sweep, retries=0, since=since, signals=Until(looks)
+    )
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run, 4) for _ in range(2)]
+        ended = [one.exception() for one in both]
+    jobs = lambda: [job for job in slurm_jobs.queue(sweep.workdir) or [] if job.number not in lost]
+    there = jobs()
+    assert sorted(job.trial for job in there) == ["seed=0", "seed=1"]
+    assert all("the jobs of Slurm go on" in str(error) and "`scancel " in str(error) for error in ended)
+    assert sum("another launcher submits" in line for line in said) == 1, said
+    assert sum("submitted 2 trials" in line for line in said) == 1, said
+    slurm.wait_for(lambda: len(slurm_jobs.queue(sweep.workdir) or []) == 2, 60, "end of the lost jobs")
+
+    # What Slurm runs again after it was killed is waited for, though no retry is left.
+    for trial in sweep.trials:
+        killed = {"started": 1.0, "outcome": "killed", "job": "1"}
+        sweep.folder(trial).mkdir(parents=True, exist_ok=True)
+        records.write_json(sweep.folder(trial) / "trial.json", {"attempts": [killed]})
+    with pytest.raises(train.Preempted, match="the jobs of Slurm go on"):
+        run(2)
+    assert jobs() == there
+
+
+@pytest.mark.slow
+def test_what_fails_is_submitted_again_though_slurm_refuses_for_a_while(slurm, launcher, tmp_path, monkeypatch):
+    """No more trials at a time than asked for, all arrays together, and each job's end at its own trial."""
+    monkeypatch.setattr(slurm_jobs, "REFUSED_SECONDS", 1.0)
+    refuse = tmp_path / "refuse"
+    refusal = f'if [ -e {refuse} ]; then echo "sbatch: error: too many jobs" >&2; exit 1; fi'
+    monkeypatch.setenv("PATH", wrap_sbatch(tmp_path / "bin", before=refusal))
+    said: list[str] = []
+
+    def note(line: str) -> None:
+        said.append(line)
+        refuse.unlink() if "too many jobs" in line else refuse.touch()
+
+    sweep = launcher.sweep
+    second_is_slow = '[ "$SLURM_ARRAY_TASK_ID" = 1 ] && sleep 5'
+    earlier = {"started": 1.0, "outcome": "stopped", "job": "1"}
+    for trial in sweep.trials:
+        sweep.folder(trial).mkdir(parents=True, exist_ok=True)
+        records.write_json(sweep.folder(trial) / "trial.json", {"attempts": [earlier]})
+    cluster = launcher(second_is_slow, "echo the setup fails; exit 3", note=note, array_parallelism=1)
+    cluster.run(sweep, retries=1, since=2.0, signals=Until(120))
+    assert [line.partition(" ")[0] for line in said] == ["submitted", "Slurm", "submitted"], said
+    for trial in sweep.trials:
+        before, *made = attempts(sweep.workdir, trial.name)
+        assert before == earlier and [attempt["outcome"] for attempt in made] == ["killed"] * 2
+        assert len({attempt["job"] for attempt in made}) == 2
+        assert all("the setup fails\nits job" in attempt["error"] for attempt in made), made
+
+
+def test_a_trial_whose_job_is_queued_again_and_again_without_a_step_fails(
+    config, made_up, tmp_path, monkeypatch, capfd
+):
+    sweep = made_up(tmp_path, config, ["seed=0"], [], lambda overrides: None)
+    (trial,) = sweep.trials
+    file = sweep.folder(trial) / "trial.json"
+    sweep.folder(trial).mkdir(parents=True)
+
+    def stopped(*steps: int, job: str = "7") -> None:
+        ended = {"started": 1.0, "outcome": "stopped", "job": job}
+        records.write_json(file, {"attempts": [{**ended, "saved_step": step} for step in steps]})
+
+    for steps, job in (((5,), "7"), ((5, 6), "7"), ((5, 5), "8")):
+        stopped(*steps, job=job)
+        assert not running.fail_if_stalled(sweep, trial, "7")
+    stopped(4, 5, 5)
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit, match="1"):
+        slurm_jobs.run_in_job(str(tmp_path), "seed=0", None)
+    assert "saved no step since its job was queued again" in capfd.readouterr().out
+    last = attempts(tmp_path, "seed=0")[-1]
+    assert last["outcome"] == "failed" and "job 7 of Slurm was queued again twice" in last["error"]
+    assert "after step 5: give a longer --time" in last["error"]
 
 
 def test_without_slurm_it_says_where_to_run(sweep, tmp_path, monkeypatch):
