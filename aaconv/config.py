@@ -256,6 +256,8 @@ def validate(config: ConfigDict) -> None:
             f"schedule.warmup_percent={config.schedule.warmup_percent} and "
             f"schedule.warmup_epochs={config.schedule.warmup_epochs}: set at most one of the two"
         )
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     for key, value in _leaves(config):
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):

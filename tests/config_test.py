@@ -115,6 +115,8 @@ def test_steps_in_the_place_of_epochs(write):
         ("hang_limit_seconds=-1", "hang_limit_seconds=-1.0 must not be negative; 0 switches it off"),
         ("optimizer.eps=0", "optimizer.eps=0.0 must be greater than 0"),
         ("schedule.final=2", "schedule.final=2.0 must lie between 0 and 1"),
+        ("seed=-1", r"seed=-1 must lie between 0 and 2\*\*32 - 1"),
+        ("seed=4294967296", r"seed=4294967296 must lie between 0 and 2\*\*32 - 1"),
         ("schedule.warmup_percent=101", "schedule.warmup_percent=101.0 must lie between 0 and 100"),
         ("schedule.learning_rate=1e999", "schedule.learning_rate=inf must be finite"),
         ("num_steps=5", "num_epochs=3.0 and num_steps=5: set exactly one of the two"),

@@ -220,8 +220,6 @@ def train_input(config: ConfigDict, process_index: int = 0, process_count: int =
             f"batch_size={config.batch_size} is larger than the {len(examples)} images of "
             f"data.train_split={config.data.train_split!r} in {files.name}: lower batch_size or take a larger split"
         )
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     placement = _placement(config, files, shape, len(examples))
     order = _Order(len(examples), config.seed)
     resident = None

@@ -153,10 +153,10 @@ def parse_flag(flag: str, text: str) -> tuple[str, list[Any]]:
                     f"{item} in {where} is no string of Python's: end it with the quote it begins with, and write a "
                     "backslash before a quote within"
                 ) from error
-        elif re.fullmatch(r"-?\d+:-?\d+(:-?\d+)?", item) and kind is not str:
-            bounds = [int(bound) for bound in item.split(":")]
-            if kind is not int:
+        elif kind in (int, float) and re.fullmatch(r"-?[\d.]+:-?[\d.]+(:-?[\d.]+)?", item):
+            if kind is not int or "." in item:
                 raise ValueError(f"{item} in {where} is a range, which only whole numbers have: list the values")
+            bounds = [int(bound) for bound in item.split(":")]
             if len(bounds) == 3 and bounds[2] == 0:
                 raise ValueError(f"{item} in {where} has step 0: it must be another number")
             start, stop, step = (*bounds, 1)[:3]

@@ -53,6 +53,7 @@ def test_values_of_a_flag(text, values):
             ["model.kappa=0:1"],
             "0:1 in --grid model.kappa=0:1 is a range, which only whole numbers have: list the values",
         ),
+        (["model.kappa=0.1:0.5:0.1"], "is a range, which only whole numbers have: list the values"),
         (["model.kapa=1"], "unknown config key 'model.kapa' in --grid; did you mean 'model.kappa'"),
         (["model=1"], "'model' in --grid is a group of keys"),
         (["optimizer.nesterov=1"], "must be true or false"),
