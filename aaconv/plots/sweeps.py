@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
+UNBOUNDED = (-math.inf, math.inf)
+EDGE = 1.2  # points, of markers: what a hollow one is drawn by
 INCH_A_LETTER = 0.075  # of the 9 points that ticks are written in
 
 
@@ -101,6 +103,7 @@ def against(
     ylabel: str,
     names: Sequence[str] = (),
     joined: bool = True,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Figure:
     """Draws what came out against what was set: a dot a run, a line through the means, an interval around each mean.
 
@@ -112,6 +115,7 @@ def against(
       ylabel: what came out, with its unit.
       names: of what was set where that is no number: x is then a place among them.
       joined: whether lines are drawn through the means.
+      bounds: that results have: intervals are cut there.
     """
     figure, axes, size = _grid(panels, theme, xlabel, ylabel)
     points = [point for cell in panels.cells.values() for line in cell.values() for point in line]
@@ -129,7 +133,7 @@ def against(
             panel.set_xlim(-0.5, len(names) - 0.5)
             if not all(label.get_text() for label in panel.get_xticklabels()):
                 panel.set_xticks(ticks, names, rotation=35, ha="right", rotation_mode="anchor")
-        panel.set_ylim(*_limits(points))
+        panel.set_ylim(*_limits(points, bounds))
     _legend(figure, lines, theme, joined=joined)
     return figure
 
@@ -260,6 +264,7 @@ def fronts(
     *,
     ylabel: str,
     names: Mapping[int, str],
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Figure:
     """Draws what came out against costs, a panel each, with the cells in front joined, numbered and named.
 
@@ -268,6 +273,7 @@ def fronts(
       theme: colours.
       ylabel: what came out, with its unit.
       names: of the cells that have a number.
+      bounds: that results have: intervals are cut there.
     """
     wide = max(map(len, names.values()), default=0) > 48
     below = 0.2 * len(names) if wide else 0.0
@@ -286,10 +292,11 @@ def fronts(
             colour = theme.lines[1] if cost.in_front else theme.muted
             half = cost.half if math.isfinite(cost.half) else None
             axes.errorbar(cost.x, cost.y, yerr=half, color=colour, elinewidth=0.8, alpha=0.8, zorder=2)
-            inside = colour if cost.is_whole else axes.get_facecolor()
+            inside = colour if cost.is_whole else _hollow(axes)
             size = 6 if cost.in_front else 4
-            axes.plot(cost.x, cost.y, "o", color=colour, markerfacecolor=inside, markersize=size, zorder=3)
-        axes.set_ylim(*_limits(points))
+            edge = {"markerfacecolor": inside, "markeredgewidth": EDGE}
+            axes.plot(cost.x, cost.y, "o", color=colour, markersize=size, zorder=3, **edge)
+        axes.set_ylim(*_limits(points, bounds))
         best = sorted((cost for cost in costs if cost.in_front), key=lambda cost: cost.x)
         # What the next cost buys is there only once it is paid: steps, and level after the last.
         x = [cost.x for cost in best] + [axes.get_xlim()[1]]
@@ -403,20 +410,30 @@ def _draw_line(
         elinewidth=0.9,
         **looks,
     )
-    for is_whole, inside in ((True, colour), (False, axes.get_facecolor())):
+    for is_whole, inside, size in ((True, colour, 4), (False, _hollow(axes), 5)):
         those = [(point.x, point.mean) for point in line if point.is_whole == is_whole]
         if those:
-            axes.plot(*zip(*those, strict=True), marker, markersize=4, markerfacecolor=inside, zorder=3, **looks)
+            edge = {"markerfacecolor": inside, "markeredgewidth": EDGE}
+            axes.plot(*zip(*those, strict=True), marker, markersize=size, zorder=3, **edge, **looks)
 
 
-def _limits(points: Sequence[Point]) -> tuple[float, float]:
-    """Returns limits that show every run; an interval much wider than what came out is cut at the edge."""
+def _hollow(axes: Axes) -> Any:
+    """Returns what is within a hollow marker: the paper; nothing where a page shows through."""
+    from matplotlib.colors import to_rgba
+
+    colour = to_rgba(axes.get_facecolor())
+    return colour if colour[3] else "none"  # with alpha 0 matplotlib 3.11 leaves out the edge as well
+
+
+def _limits(points: Sequence[Point], bounds: tuple[float, float]) -> tuple[float, float]:
+    """Returns limits that show every run; an interval is cut at bounds, and where it is much wider than these."""
     results = [result for point in points for result in point.results]
     halves = [(point.mean, point.half if math.isfinite(point.half) else 0.0) for point in points]
     low, high = min(results), max(results)
     room = 0.75 * (high - low) or 0.05 * abs(high) or 1.0
     low = max(low - room, min(low, *(mean - half for mean, half in halves)))
     high = min(high + room, max(high, *(mean + half for mean, half in halves)))
+    low, high = max(low, bounds[0]), min(high, bounds[1])
     pad = 0.06 * (high - low) or room
     return low - pad, high + pad
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -24,6 +25,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background:
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 p, ul { max-width: 55rem; margin: .5rem 0; }
+h1, h2, p, li, figcaption { overflow-wrap: anywhere; }
 .soft, .eliminated, figcaption { color: var(--soft); }
 .scroll { overflow: auto; max-height: 32rem; width: fit-content; max-width: 100%; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
@@ -37,7 +39,7 @@ th[aria-sort=descending] button::after { content: "\\2193"; color: var(--ink); }
 tbody tr:hover { background: var(--band); }
 tr.best, tr.best:hover { background: var(--best); font-weight: 600; }
 .text { text-align: left; }
-td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+td.long { white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
 .finished { color: var(--good); } .failed, .diverged, .lacking { color: var(--bad); }
 .interrupted, .paused, .waiting, .running { color: var(--wait); }
 figure { margin: 1.75rem 0; }
@@ -46,6 +48,8 @@ figure h3 { font-size: 1rem; margin: 0 0 .35rem; }
 figcaption { font-size: .9rem; margin-top: .35rem; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--band); padding: .75rem; font-size: .8rem; }
+@media (max-width: 40rem) { body { padding: 1rem .75rem 3rem; } ul { padding-left: 1.25rem; }
+  picture { display: block; overflow-x: auto; } figure img { max-width: none; } }
 @media print { th button::after { content: none; } .scroll { max-height: none; } }
 """
 SCRIPT = """
@@ -111,10 +115,10 @@ def page(
     for section in sections:
         body.append(f"<h2>{escape(section.title)}</h2>")
         body.append(_table(section.header, section.rows, row_of_best=section.row_of_best))
-        body += [f"<p>{escape(section.remark)}</p>"] if section.remark else []
+        body += [f"<p>{_text(section.remark)}</p>"] if section.remark else []
         body += map(_figure, section.pictures)
     body.append("<h2>Remarks</h2>")
-    body.append("<ul>" + "".join(f"<li>{escape(remark)}</li>" for remark in remarks) + "</ul>")
+    body.append("<ul>" + "".join(f"<li>{_text(remark)}</li>" for remark in remarks) + "</ul>")
     body.append("<h2>Trials</h2>")
     header, rows = trials
     # Nobody looks at an empty column.
@@ -144,7 +148,7 @@ def _table(
     def cell(index: int, value: str) -> str:
         kinds = ["text"] * is_text[index] + ["long"] * (len(value) > 45) + [value] * (index == outcome)
         kinds += ["lacking"] * (header[index] == "seeds" and " of " in value)
-        return f'<td class="{escape(" ".join(kinds))}">{escape(value)}</td>' if kinds else f"<td>{escape(value)}</td>"
+        return f'<td class="{escape(" ".join(kinds))}">{_text(value)}</td>' if kinds else f"<td>{_text(value)}</td>"
 
     head = "".join(
         f'<th{" class=text" * text} scope="col"><button>{escape(name)}</button></th>'
@@ -161,6 +165,11 @@ def _table(
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
+
+
+def _text(text: str) -> str:
+    """Returns text that may be wrapped behind the commas in names of trials."""
+    return re.sub(r",(?=[A-Za-z])", ",<wbr>", escape(text))
 
 
 def _begins_like_a_number(text: str) -> bool:

@@ -234,6 +234,7 @@ def _against(cells: Sequence[Cell], metric: str, factor: Factor) -> Picture | No
             ylabel=metric_label(metric),
             names=names,
             joined=joined,
+            bounds=_bounds(metric),
         ),
     )
 
@@ -242,6 +243,10 @@ def _explained(many: bool, start: str) -> str:
     if not many:
         return "A dot a trial; one seed a cell, so there is no spread to show."
     return f"{start}; dots: trials; bars: 95% interval of the mean, cut where it is far wider than the results."
+
+
+def _bounds(metric: str) -> tuple[float, float]:
+    return (0.0, 100.0) if in_percent(metric) else (-math.inf, math.inf)
 
 
 def _lacking(cells: Sequence[Cell], mark: str) -> str:
@@ -341,6 +346,7 @@ def _against_cost(cells: Sequence[Cell], metric: str, varied: Sequence[Factor]) 
             panels,
             ylabel=metric_label(metric),
             names={numbers[id(cell)]: cell_name(cell, varied) for cell in named},
+            bounds=_bounds(metric),
         ),
     )
 

@@ -192,14 +192,18 @@ def best(cells: Sequence[Cell], metric: str) -> str:
     else:
         others = [cell for cell in cells if cell is not first]
         overlapping = [cell for cell in others if abs(cell.mean - first.mean) <= first.confidence + cell.confidence]
-        alone = [cell for cell in others if math.isfinite(cell.mean) and math.isnan(cell.confidence)]
-        said += f"; of the {len(others)} other cells, {len(overlapping)} have an interval that overlaps with its own"
-        said += f", and {len(alone)} none, for want of seeds." if alone else "."
+        alone = [cell for cell in others if math.isnan(cell.confidence)]
+        said += f"; its interval overlaps with those of {len(overlapping)} of the {len(others)} other cells"
+        said += (
+            f", and {len(alone)} of them {'have' if len(alone) > 1 else 'has'} none, for want of seeds."
+            if alone
+            else "."
+        )
     lacking = [cell for cell in cells if not cell.is_whole]
     if lacking and first.is_whole:
         sign = 1 if higher_is_better(metric) else -1
         ahead = [cell for cell in lacking if sign * (cell.mean - first.mean) > 0]
-        said += f" Left out, for want of results of all their seeds: {_counted(len(lacking), 'cell')}"
+        said += f" Not compared, since results of seeds are missing: {_counted(len(lacking), 'cell')}"
         said += f", among them {', '.join(map(named, ahead))}." if ahead else "."
     return said
 

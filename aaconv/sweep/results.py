@@ -146,8 +146,8 @@ def finished(sweep: Sweep) -> tuple[list[Status], list[str]]:
             ran = records.read_json(sweep.folder(status.trial) / TRIAL)["attempts"][-1]
             seen.setdefault(str(ran.get(column, "")), []).append(status.trial.name)
         if len(seen) > 1:
-            said = "; ".join(f"{value or 'none'}: {few(names)}" for value, names in seen.items())
-            remarks.append(f"the trials differ in their {column}: {said}")
+            said = [f"{value or 'none'} ran {few(names, 1)}" for value, names in seen.items()]
+            remarks.append(f"the trials differ in their {column}: {'; '.join(said)}")
     return good, remarks
 
 
@@ -160,9 +160,9 @@ def absent(found: Mapping[str, Sequence[Status]]) -> list[str]:
     ]
 
 
-def few(names: Sequence[str]) -> str:
-    """Returns the first four names, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def few(names: Sequence[str], most: int = 4) -> str:
+    """Returns the first names, which have commas within, and how many more there are."""
+    return "; ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # Cells

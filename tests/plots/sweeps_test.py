@@ -49,6 +49,9 @@ def test_every_run_is_shown_and_an_endless_interval_is_cut():
     figure = sweeps.against(one_panel({"": points}), xlabel="x", ylabel="y")
     low, high = figure.axes[0].get_ylim()
     assert -1 < low < 1.0 - 0.1 and 2.0 + 0.1 < high < 4
+    figure = sweeps.against(one_panel({"": points}), xlabel="x", ylabel="y", bounds=(0.5, 2.0))
+    low, high = figure.axes[0].get_ylim()
+    assert 0.4 < low < 0.5 and 2.0 < high < 2.1
 
 
 @pytest.mark.parametrize("count", [3, 60])

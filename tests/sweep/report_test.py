@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from aaconv import cli
+from aaconv.plots import style
 from aaconv.sweep import pictures, records, report, results
 
 
@@ -68,18 +69,15 @@ def test_a_cell_with_missing_seeds_says_so_and_is_neither_best_nor_in_front(made
         ["4", "3", "40.00"],
     ]  # of width 5 nothing is known yet
     answer = sweep("report", "--workdir", tmp_path)
-    assert "Best mean: 55.00% with width=1; of the 3 other cells" in answer.out
-    assert (
-        "Left out, for want of results of all their seeds: 2 cells, among them 85.00% with width=2 (2 of 3"
-        in answer.out
-    )
+    assert "Best mean: 55.00% with width=1; its interval overlaps with those of 1 of the 3 other cells" in answer.out
+    assert "seeds are missing: 2 cells, among them 85.00% with width=2 (2 of 3 seeds)." in answer.out
     front = results.in_front(cells, "eval/accuracy", lambda cell: cell.trial.parameters)
     assert [cell.values["model.width"] for cell in front] == [1]
     page = (tmp_path / "report.html").read_text()
     assert '<td class="lacking">2 of 3</td>' in page and "Hollow: results of some seeds are missing" in page
     # Where no cell is whole, they are compared all the same.
     lacking = [cell for cell in cells if not cell.is_whole]
-    assert report.best(lacking, "eval/accuracy").startswith("Best mean: 85.00% with width=2 (2 of 3 seeds); of the 1")
+    assert report.best(lacking, "eval/accuracy").startswith("Best mean: 85.00% with width=2 (2 of 3 seeds); its")
 
 
 def test_pictures_mark_cells_with_missing_seeds(made_up, config, tmp_path):
@@ -87,18 +85,28 @@ def test_pictures_mark_cells_with_missing_seeds(made_up, config, tmp_path):
     grid = [*BOTH, "seed=0:2"]
     sweep = made_up(tmp_path, config, grid, [], result, cost=lambda o: int(1e7 * o["model.kappa"]))
     drawn = {picture.name: picture for picture in pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")}
-    figures = {name.removeprefix("eval_accuracy_"): picture.draw() for name, picture in drawn.items()}
+    with style.styled():
+        figures = {name.removeprefix("eval_accuracy_"): picture.draw() for name, picture in drawn.items()}
     marked = [
         line.get_xydata()
         for axes in figures["against_model_kappa"].axes
         for line in axes.lines
-        if line.get_marker() not in ("", "None", None) and line.get_markerfacecolor() != line.get_color()
+        if line.get_marker() != "None" and line.get_markerfacecolor() != line.get_color() and line.get_markeredgewidth()
     ]
     assert [xy.tolist() for xy in marked if len(xy) == 1] == [[[0.2, 50.0]]]
     texts = [text.get_text() for text in figures["over_model_kappa_and_model_upsilon"].axes[0].texts]
     assert sorted(texts) == ["50.00", "50.00", "50.00", "50.00\n1 of 2"]
     dashed = [line for axes in figures[CURVE].axes for line in axes.lines if line.get_linestyle() == "--"]
     assert len(dashed) == 1 and "Dashed: " in drawn[f"eval_accuracy_{CURVE}"].note
+
+
+def test_hollow_markers_are_in_a_page_as_well(made_up, config, tmp_path):
+    result = lambda o: None if o == {"model.kappa": 0.2, "seed": 1} else 0.5
+    sweep = made_up(tmp_path, config, ["model.kappa=0.1,0.2", "seed=0:2"], [], result)
+    (against, *_) = pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")
+    for dark in (False, True):
+        drawn = style.svg(against.draw, dark=dark)
+        assert re.search(r'style="fill-opacity: 0; stroke: #\w+; stroke-width: 1\.2"', drawn)
 
 
 def test_an_unknown_metric_is_refused_at_once_with_close_ones(made_up, config, tmp_path, sweep):
@@ -122,7 +130,7 @@ def test_a_report_says_what_is_missing_and_what_should_not_differ(made_up, confi
     assert answer.code == cli.OK, answer.err
     assert "not in the table, waiting: seed=2" in answer.out
     assert (
-        "the trials differ in their jax: 0.10: seed=0; 0.11: seed=1" in answer.out
+        "the trials differ in their jax: 0.10 ran seed=0; 0.11 ran seed=1" in answer.out
         and "in their device" not in answer.out
     )
     assert "2 of 3 trials" in (tmp_path / "report.md").read_text()
