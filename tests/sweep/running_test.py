@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,30 +315,67 @@ def in_the_middle(workdir: Path, trained: int) -> int:
     return 0
 
 
-@pytest.mark.by_hand
-def test_a_worker_and_the_launcher_are_killed_and_the_table_is_that_of_an_undisturbed_sweep(
-    long_config, undisturbed, tmp_path
-):
-    with launch(long_config, tmp_path, "--retries", "1") as process:
-        worker = wait_for(lambda: in_the_middle(tmp_path, 4), process)
-        assert worker != process.pid
-        os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: "its process ended by SIGKILL" in killed(tmp_path), process)
-        wait_for(lambda: in_the_middle(tmp_path, 8), process)
-        process.kill()
-    with launch(long_config, tmp_path) as process:
+@pytest.mark.slow
+def test_a_worker_and_its_launcher_are_killed_and_two_launchers_end_it_as_an_undisturbed_sweep(config, tmp_path):
+    line = ("--config.num_steps=12", "--zip", "schedule.learning_rate=1e30,0.1,0.1", "--zip", "seed=0,1,2")
+    with launch(config, tmp_path / "undisturbed", *line, "--jobs", "1") as process:
         _, said = process.communicate(timeout=900)
-    assert process.returncode == cli.OK, said
-    assert table(tmp_path) == table(undisturbed) and len(table(tmp_path)) >= 2 * 5
-    # What ran when the launcher was killed saved its state, and nothing ran twice at once.
-    for folder in (tmp_path / "trials").iterdir():
-        times = [(attempt["started"], attempt["seconds"]) for attempt in attempts(tmp_path, folder.name)]
+    assert process.returncode == cli.TRIAL_FAILED, said
+    workdir = tmp_path / "disturbed"
+    with launch(config, workdir, *line, "--retries", "1") as process:
+        # A worker that a trial has failed in already, so that it could be taken for the one that it died of.
+        name, worker = wait_for(lambda: in_the_middle_after_a_failure(workdir), process)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: "its process ended by SIGKILL" in attempts(workdir, name)[0].get("error", ""), process)
+        wait_for(lambda: in_the_middle(workdir, 2), process)
+        process.kill()
+    one_each = (*line, "--jobs", "1")
+    with launch(config, workdir, *one_each) as first, launch(config, workdir, *one_each) as second:
+        for process in (first, second):
+            _, said = process.communicate(timeout=900)
+            assert process.returncode == cli.TRIAL_FAILED and f"failed: {BAD}" in said, said
+    assert table(workdir) == table(tmp_path / "undisturbed") and len(table(workdir)) >= 2 * 5
+    # What ran when the launcher was killed saved its state, and nothing ran twice, at once or in all.
+    for folder in (workdir / "trials").iterdir():
+        made = attempts(workdir, folder.name)
+        times = [(attempt["started"], attempt["seconds"]) for attempt in made]
         assert all(start + seconds <= after for (start, seconds), (after, _) in zip(times, times[1:], strict=False))
+        assert [attempt["outcome"] for attempt in made].count("finished") == (folder.name != BAD)
+    assert [attempt["outcome"] for attempt in attempts(workdir, name)].count("killed") == 1
 
 
-def killed(workdir: Path) -> str:
-    found = [records.read_json(path) for path in workdir.glob("trials/*/trial.json")]
-    return " ".join(attempt.get("error", "") for record in found for attempt in record["attempts"])
+def in_the_middle_after_a_failure(workdir: Path) -> tuple[str, int] | None:
+    """The name and the process of a trial that has saved a state, whose process has failed in another one before."""
+    if not (workdir / "sweep.json").exists():
+        return None
+    sweep = records.load(workdir)
+    found = records.statuses(sweep)
+    failed = {status.process for status in found if status.state == "failed"}
+    for status in found:
+        if status.state == "running" and status.process in failed:
+            if checkpoints.finished_steps(sweep.folder(status.trial)):
+                return status.trial.name, int(status.process.rpartition(":")[2])
+    return None
+
+
+@pytest.mark.slow
+def test_an_error_in_the_launcher_has_its_workers_save_first(config, tmp_path):
+    base = config_lib.load(config, ["num_steps=60"])
+    trials = [description.Trial(f"seed={seed}", {"seed": seed}) for seed in range(2)]
+    with records.opened(tmp_path, base, trials) as sweep:
+        other = make(sweep, 1) / "trial.json"
+        records.write_json(other, {"attempts": [], "values": {"eval/accuracy": 0.5}})
+
+        def damage() -> None:
+            while not checkpoints.finished_steps(sweep.folder(trials[0])):
+                time.sleep(0.05)
+            other.write_text("{")
+
+        threading.Thread(target=damage, daemon=True).start()
+        with pytest.raises(ValueError, match="cannot be read"):
+            running.run(sweep, jobs=2)
+    (attempt,) = attempts(tmp_path, "seed=0")
+    assert attempt["outcome"] == "stopped" and attempt["saved_step"] >= 2
 
 
 @pytest.mark.by_hand
