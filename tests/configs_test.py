@@ -106,7 +106,8 @@ def test_builds(name, parameters):
 # Sweeps, how many trials they have, and their parameters in millions, in order, where the paper has them.
 SWEEPS = {
     "cifar100_small_sweep.py": (12, None),
-    "digit_pairs_sweep.py": (48, None),
+    "digit_pairs_sweep.py": (36, None),
+    "digit_pairs_sweep.py:distance": (18, None),
     "paper_imagenet_sweep.py:attention_ratio": (9, "25.6 24.3 24.3 22.3 22.3 20.7 20.7 19.4 19.4"),
     "paper_imagenet_sweep.py:position_encodings": (4, "25.8 25.8 25.8 25.8"),
     "paper_imagenet_sweep.py:heads": (4, None),
@@ -166,6 +167,7 @@ def test_augmented_mnasnet_starts_at_half_the_rate_of_the_plain_one_and_ends_at_
         "digit_pairs.py:far_away",
         "imagenet_resnet.py:resnet18",
         "imagenet_mnasnet.py:mnasnet_a1_0_5",
+        "digit_pairs_sweep.py:far",
         "paper_imagenet_sweep.py:head",
         "paper_cifar100_sweep.py:head",
     ],
