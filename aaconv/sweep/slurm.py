@@ -8,7 +8,8 @@ the job again.
 
 The launcher keeps nothing that a killed one would take along. The name of an array is the name of a file, written
 before it is submitted, that says which trial each of its jobs has. Whoever comes later finds in the queue what still
-runs.
+runs, and in the attempts of a trial, which name their jobs, what came of the others. Of several launchers on a workdir
+one submits, whoever has the lock in its folder here.
 
 References:
   https://slurm.schedmd.com/job_array.html; submitit, https://github.com/facebookincubator/submitit (tried: 1.5.4).
@@ -316,15 +317,9 @@ class Cluster:
         with records.claim(folder) as mine:
             if not mine:  # it runs, in another place
                 return
-            attempts = records.read_json(folder / TRIAL).get("attempts", [])
-            open_here = bool(attempts) and attempts[-1].get("job") == number and "outcome" not in attempts[-1]
-            record = running.close_open_attempt(
-                part,
-                trial,
-                f"its job {number} of Slurm ended without a word: killed, out of memory, or cancelled"
-                if open_here
-                else "",
-            )
+            last = (records.read_json(folder / TRIAL).get("attempts") or [{}])[-1]
+            reason = f"its job {number} of Slurm ended without a word: killed, out of memory, or cancelled"
+            record = running.close_open_attempt(part, trial, reason if last.get("job") == number else "")
             attempts = record.setdefault("attempts", [])
             if running.is_finished(part, trial) or YIELDED in records.last_lines(log, LOG_LINES):
                 return

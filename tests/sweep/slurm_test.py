@@ -179,17 +179,17 @@ def test_a_trial_on_two_hosts_is_taken_away_queued_again_and_goes_on(slurm, long
 
 
 class Until:
-    """Signals of a launcher that is stopped after so many looks."""
+    """Signals of a launcher that is stopped after so many looks, or when something has come true."""
 
     name = "SIGTERM"
 
-    def __init__(self, looks: int) -> None:
-        self._looks = looks
+    def __init__(self, looks: int, done: Callable[[], bool] = lambda: False) -> None:
+        self._looks, self._done = looks, done
 
     @property
     def caught(self) -> int | None:
         self._looks -= 1
-        return signal.SIGTERM if self._looks < 0 else None
+        return signal.SIGTERM if self._looks < 0 or self._done() else None
 
 
 @pytest.fixture
@@ -236,16 +236,17 @@ def test_of_all_launchers_killed_stopped_or_two_at_once_a_trial_has_one_job(slur
 
     # Two at once take over from the one that was killed before submitit had said what its jobs are to do.
     said: list[str] = []
-    run = lambda looks, since=0.0: launcher("exec sleep 600", note=said.append).run(
-        sweep, retries=0, since=since, signals=Until(looks)
-    )
+    run = lambda signals: launcher("exec sleep 600", note=said.append).run(sweep, retries=0, since=0.0, signals=signals)
+    both_spoke = lambda: all(any(words in line for line in said) for words in ("submitted", "another launcher submits"))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(run, 4) for _ in range(2)]
+        both = [pool.submit(run, Until(60, both_spoke)) for _ in range(2)]
         ended = [one.exception() for one in both]
-    jobs = lambda: [job for job in slurm_jobs.queue(sweep.workdir) or [] if job.number not in lost]
+    jobs = lambda: {job.number: job.trial for job in slurm_jobs.queue(sweep.workdir) or [] if job.number not in lost}
     there = jobs()
-    assert sorted(job.trial for job in there) == ["seed=0", "seed=1"]
-    assert all("the jobs of Slurm go on" in str(error) and "`scancel " in str(error) for error in ended)
+    assert sorted(there.values()) == ["seed=0", "seed=1"]
+    array = min(there).partition("_")[0]
+    assert all("the jobs of Slurm go on without this launcher" in str(error) for error in ended)
+    assert any(f"`scancel {array}` ends them" in str(error) for error in ended)
     assert sum("another launcher submits" in line for line in said) == 1, said
     assert sum("submitted 2 trials" in line for line in said) == 1, said
     slurm.wait_for(lambda: len(slurm_jobs.queue(sweep.workdir) or []) == 2, 60, "end of the lost jobs")
@@ -256,7 +257,7 @@ def test_of_all_launchers_killed_stopped_or_two_at_once_a_trial_has_one_job(slur
         sweep.folder(trial).mkdir(parents=True, exist_ok=True)
         records.write_json(sweep.folder(trial) / "trial.json", {"attempts": [killed]})
     with pytest.raises(train.Preempted, match="the jobs of Slurm go on"):
-        run(2)
+        run(Until(2))
     assert jobs() == there
 
 
@@ -280,7 +281,7 @@ def test_what_fails_is_submitted_again_though_slurm_refuses_for_a_while(slurm, l
         sweep.folder(trial).mkdir(parents=True, exist_ok=True)
         records.write_json(sweep.folder(trial) / "trial.json", {"attempts": [earlier]})
     cluster = launcher(second_is_slow, "echo the setup fails; exit 3", note=note, array_parallelism=1)
-    cluster.run(sweep, retries=1, since=2.0, signals=Until(120))
+    cluster.run(sweep, retries=1, since=2.0, signals=Until(300))
     assert [line.partition(" ")[0] for line in said] == ["submitted", "Slurm", "submitted"], said
     for trial in sweep.trials:
         before, *made = attempts(sweep.workdir, trial.name)
