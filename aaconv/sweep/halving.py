@@ -22,6 +22,7 @@ import fcntl
 import math
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,6 @@ from aaconv.sweep.records import FAILED, HALVING, TRIAL, Sweep
 from aaconv.sweep.results import few, outcome
 
 UNITS = ("epochs", "steps")
-WAIT_SECONDS = 0.3
 TOLD = 4  # trials without a value at a rung
 
 
@@ -86,7 +86,11 @@ class Halving:
         return cls(minimum, unit, factor, metric)
 
     def describe(self) -> str:
-        return f"from {self.minimum:g} {self.unit}, one in {self.factor} by {self.metric}"
+        return f"from {self._budget(0)}, one in {self.factor} by {self.metric}"
+
+    def _budget(self, number: int) -> str:
+        budget = self.minimum * self.factor**number
+        return f"{budget:g} {self.unit if budget != 1 else self.unit.removesuffix('s')}"
 
     def parts(self, sweep: Sweep) -> Iterator[Sweep]:
         """Yields what is to be run, one rung after another, and decides when it is asked for the next.
@@ -107,9 +111,6 @@ class Halving:
             if number >= len(decided):
                 part = sweep.part([trial.name for trials in cells.values() for trial in trials], until)
                 yield part
-                while self._tried_elsewhere(part):
-                    time.sleep(WAIT_SECONDS)
-                    yield sweep.part([], {})  # Whoever runs the parts looks for signals then.
                 decided = self._decide(part, number, cells)
                 if len(decided) <= number:
                     return
@@ -216,13 +217,6 @@ class Halving:
                 "another budget" + (f" (they were evaluated at step {', '.join(map(str, there[:5]))})" if there else "")
             )
 
-    def _tried_elsewhere(self, part: Sweep) -> bool:
-        """Whether another launcher, which may have been given more retries, runs a trial that has no value yet."""
-        return any(
-            records.is_claimed(part.folder(trial)) and not self._evaluations(part, trial, part.until[trial.name])
-            for trial in part.trials
-        )
-
     def _decide(self, part: Sweep, number: int, cells: Mapping[str, Sequence[Trial]]) -> list[dict[str, Any]]:
         """Returns the decisions that there are, with that of a rung if any of its trials has a value."""
         with _alone(part.workdir):
@@ -237,7 +231,7 @@ class Halving:
             keep = ranked[: max(1, len(ranked) // self.factor)]
             found["rungs"].append(
                 {
-                    "budget": f"{self.minimum * self.factor**number:g} {self.unit}",
+                    "budget": self._budget(number),
                     "decided": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                     "values": {name: judged[name].mean for name in ranked},
                     "seeds": {name: [judged[name].known, judged[name].trials] for name in ranked},
@@ -332,7 +326,9 @@ def describe(workdir: Path) -> list[str]:
         line = f"rung {number}, at {rung['budget']}: {len(kept)} of {len(values)} go on: {said}"
         next_best = next((name for name in values if name not in kept), None)  # from the best to the worst
         lines.append(line if next_best is None else f"{line}; not {spell(next_best)}")
-        without = [f"{name}: {why}" for name, why in rung.get("without", {}).items()]
+        without = [
+            f"{name}: {textwrap.shorten(why, 100, placeholder=' ...')}" for name, why in rung.get("without", {}).items()
+        ]
         lines += [f"rung {number}, without a value: {text}" for text in without[:TOLD]]
         lines += [f"rung {number}, without a value: {len(without) - TOLD} more"] if len(without) > TOLD else []
     return lines

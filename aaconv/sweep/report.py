@@ -187,23 +187,21 @@ def best(cells: Sequence[Cell], metric: str) -> str:
         + (pictures.cell_name(cell, varied) + ("" if cell.is_whole else f" ({cell.seeds} seeds)"))
     )
     said = f"Best mean: {named(first)}"
+    others = [cell for cell in results.compared(cells) if cell is not first]
     if math.isnan(first.confidence):
         said += "; one seed, so nothing says how much of it is chance."
-    else:
-        others = [cell for cell in cells if cell is not first]
+    elif others:
         overlapping = [cell for cell in others if abs(cell.mean - first.mean) <= first.confidence + cell.confidence]
         alone = [cell for cell in others if math.isnan(cell.confidence)]
-        said += f"; its interval overlaps with those of {len(overlapping)} of the {len(others)} other cells"
-        said += (
-            f", and {len(alone)} of them {'have' if len(alone) > 1 else 'has'} none, for want of seeds."
-            if alone
-            else "."
-        )
+        said += f"; its interval overlaps with that of {len(overlapping)} of {_counted(len(others), 'other cell')}"
+        said += f"; {_counted(len(alone), 'cell')} of one seed without an interval." if alone else "."
+    else:
+        said += "."
     lacking = [cell for cell in cells if not cell.is_whole]
     if lacking and first.is_whole:
         sign = 1 if higher_is_better(metric) else -1
         ahead = [cell for cell in lacking if sign * (cell.mean - first.mean) > 0]
-        said += f" Not compared, since results of seeds are missing: {_counted(len(lacking), 'cell')}"
+        said += f" Not compared, since seeds are missing: {_counted(len(lacking), 'cell')}"
         said += f", among them {', '.join(map(named, ahead))}." if ahead else "."
     return said
 

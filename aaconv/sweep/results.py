@@ -137,7 +137,7 @@ def finished(sweep: Sweep) -> tuple[list[Status], list[str]]:
     for status in found.get(FINISHED, []):
         changed = records.changes_since(sweep, status.trial)
         if changed:
-            remarks.append(f"not in the table, {status.trial.name} ran on: {records.spell_changes(changed)}")
+            remarks.append(f"not in the means, {status.trial.name} ran on: {records.spell_changes(changed)}")
         else:
             good.append(status)
     for column in ("revision", "aaconv", "jax", "device", "cpu"):
@@ -154,7 +154,7 @@ def finished(sweep: Sweep) -> tuple[list[Status], list[str]]:
 def absent(found: Mapping[str, Sequence[Status]]) -> list[str]:
     """Says which trials have no result, by their outcome."""
     return [
-        f"not in the table, {state}: {few([status.trial.name for status in group])}"
+        f"not in the means, {state}: {few([status.trial.name for status in group])}"
         for state, group in found.items()
         if state != FINISHED
     ]

@@ -160,21 +160,6 @@ def test_where_every_trial_failed_nothing_is_decided_and_they_are_tried_again(co
     assert [status.state for status in found] == ["eliminated", "finished"]
 
 
-def test_a_rung_waits_for_who_tries_again_what_failed_here(config, tmp_path, trained):
-    """Another launcher may have been given more retries: what it runs is not decided without it."""
-    _, failures = trained
-    failures += [(BEST, 4, "out of memory")]
-    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2") as sweep:
-        parts = Halving.parse("4steps", 2, "eval/accuracy").parts(sweep)
-        first = next(parts)
-        running.run(first)
-        (failed,) = (trial for trial in first.trials if trial.name == BEST)
-        with records.claim(sweep.folder(failed)) as mine:
-            assert mine and next(parts).trials == ()
-            assert running.run_trial(first, failed) == "paused"
-        assert [trial.name for trial in next(parts).trials] == [BEST]
-
-
 def test_a_cell_of_which_a_seed_is_missing_comes_after_the_whole_ones(config, tmp_path):
     with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3", "seed=0:2") as sweep:
         parts = Halving.parse("4steps", 3, "eval/accuracy").parts(sweep)
@@ -259,7 +244,7 @@ def test_who_goes_on_is_what_it_is_without_halving(sweep, config, tmp_path):
     answer = sweep("status", "--workdir", tmp_path / "halved")
     assert "eliminated" in answer.out and "rung 1, at 2 steps: 1 of 2 go on" in answer.out
     answer = sweep("report", "--workdir", tmp_path / "halved")
-    assert "- rung 1, at 2 steps: 1 of 2 go on" in answer.out and "not in the table, eliminated" in answer.out
+    assert "- rung 1, at 2 steps: 1 of 2 go on" in answer.out and "not in the means, eliminated" in answer.out
     attempts = json.loads((folder / kept / "trial.json").read_text())["attempts"]
     assert [attempt["outcome"] for attempt in attempts] == ["paused", "finished"]
     base = config_lib.load(config, [f"schedule.learning_rate={kept.partition('=')[2]}"])

@@ -88,7 +88,7 @@ def test_status_and_report_of_a_sweep(swept, sweep):
     answer = sweep("status", "--workdir", workdir)
     assert answer.code == cli.OK and "1/2 finished, 1 failed" in answer.out and "NonFiniteLossError" in answer.out
     answer = sweep("report", "--workdir", workdir)
-    assert answer.code == cli.OK and f"not in the table, diverged: {BAD}" in answer.out
+    assert answer.code == cli.OK and f"not in the means, diverged: {BAD}" in answer.out
     assert (workdir / "report.md").read_text().partition("\n![")[0].strip() in answer.out
     answer = sweep("report", "--workdir", workdir, "--metric", "eval/acuracy")
     assert answer.code == cli.WRONG_INPUT and "did you mean 'eval/accuracy'" in answer.err
