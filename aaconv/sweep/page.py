@@ -148,7 +148,8 @@ def _table(
     def cell(index: int, value: str) -> str:
         kinds = ["text"] * is_text[index] + ["long"] * (len(value) > 45) + [value] * (index == outcome)
         kinds += ["lacking"] * (header[index] == "seeds" and " of " in value)
-        return f'<td class="{escape(" ".join(kinds))}">{_text(value)}</td>' if kinds else f"<td>{_text(value)}</td>"
+        text = _text(value) if "long" in kinds else escape(value)
+        return f'<td class="{escape(" ".join(kinds))}">{text}</td>' if kinds else f"<td>{text}</td>"
 
     head = "".join(
         f'<th{" class=text" * text} scope="col"><button>{escape(name)}</button></th>'

@@ -160,10 +160,12 @@ def test_failed_diverged_and_waiting_trials_are_told_apart(made_up, config, tmp_
 
 
 def test_a_sweep_without_a_finished_trial_is_told_and_nothing_is_written(made_up, config, tmp_path, sweep):
+    tmp_path /= "my sweep"
     made_up(tmp_path, config, ["seed=0:2"], [], lambda o: "NonFiniteLossError: nan in the loss" if o["seed"] else None)
     before = sorted(path.name for path in tmp_path.iterdir())
     answer = sweep("report", "--workdir", tmp_path)
     assert answer.code == cli.TRIAL_FAILED and "0 of 2 trials finished, 1 diverged, 1 waiting" in answer.err
+    assert f"`aaconv sweep status --workdir '{tmp_path}'` says how it goes" in answer.err
     assert "diverged: seed=1: NonFiniteLossError: nan in the loss" in answer.err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -272,6 +274,7 @@ def test_the_page_needs_nothing_else_and_shows_each_picture_light_and_dark(made_
         with Image.open(path) as picture:
             assert min(picture.size) > 200 and len(np.unique(np.asarray(picture.convert("L")))) > 10
     page = (tmp_path / "report.html").read_text()
+    assert "kappa=0.1,seed=0</td>" in page  # where there is room, names are not wrapped
     assert page.count('<img src="data:image/svg+xml;base64,') == page.count('prefers-color-scheme: dark)" srcset') == 3
     assert not re.search(r"(src|srcset|href)=\"(?!data:)|https?:|@import|url\(", page)
     markdown = (tmp_path / "report.md").read_text()
