@@ -171,7 +171,7 @@ def ran_on(sweep: Sweep, good: Sequence[Status]) -> str:
     versions = ", ".join(f"{name} {ran[name]}" for name in ("python", "jax", "jaxlib") if ran.get(name))
     seconds = sum(status.seconds for status in good)
     return (
-        f"Ran on {ran.get('device', '?')}, {ran.get('cores', '?')} threads a trial, {seconds:,.0f} s in all; "
+        f"Ran on {ran.get('device', '?')}, {_counted(ran.get('cores', 0), 'thread')} a trial, {seconds:,.0f} s in all; "
         f"{versions}; revision {ran.get('revision') or ran.get('aaconv', '?')}, {ran.get('date', '?')}."
     )
 
