@@ -173,7 +173,7 @@ def test_augmented_mnasnet_starts_at_half_the_rate_of_the_plain_one_and_ends_at_
     ],
 )
 def test_an_argument_that_does_not_exist_is_refused(name):
-    with pytest.raises(ValueError, match="takes .*not '(both|far_away|resnet18|mnasnet_a1_0_5|head)'"):
+    with pytest.raises(ValueError, match="takes .*not '(both|far_away|far|resnet18|mnasnet_a1_0_5|head)'"):
         config_lib.load(str(CONFIGS / name))
 
 
