@@ -148,10 +148,11 @@ def requeue_lines(save_seconds: int) -> list[str]:
         "# was cancelled stays cancelled.",
         # The last job of an array to start has the array's own number, by which all of them would be meant.
         "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
-        f'state=$([ "$code" -eq {SAVED} ] && squeue --noheader --jobs="$job" --format=%T)',
-        'if [ "$state" = RUNNING ]; then',
-        '    scontrol requeue "$job"',
-        "fi",
+        "for pause in 0 2 5 10; do  # the controller may be busy",
+        f'    [ "$code" -eq {SAVED} ] && sleep "$pause" || break',
+        '    state=$(squeue --noheader --jobs="$job" --format=%T) || continue',
+        '    [ "$state" = RUNNING ] && ! scontrol requeue "$job" || break',
+        "done",
         'exit "$code"',
     ]
 

@@ -130,6 +130,11 @@ def _run_sweep(
     from aaconv.sweep import display, records, results, running, slurm, tracking
 
     workdir = checkpoints.check_writable(records.local(arguments.workdir))
+    if (arguments.jobs > 1 or resources) and not records.has_locks(workdir):
+        raise ValueError(
+            f"the file system of {workdir} has no locks (flock), without which several processes would run the same "
+            "trial: name a --workdir on another one, or leave out --jobs and --slurm and start one launcher only"
+        )
     with records.opened(workdir, base, trials, note=say) as sweep:
         halving = halving_of(sweep)
         tracking.write_tensorboard(sweep)
@@ -147,7 +152,7 @@ def _run_sweep(
             tracking.write_tensorboard(sweep)
     failed = [status for status in found if status.state not in ("finished", "eliminated")]
     for status in failed:
-        say(f"failed: {status.trial.name}, {sweep.folder(status.trial) / records.OUTPUT}")
+        say(f"{status.state}: {status.trial.name}, {sweep.folder(status.trial) / records.OUTPUT}")
         for line in status.error.splitlines():
             say(f"  {line}")
     pairs = [("trials", display.summary(sweep, found)), ("results", str(sweep.workdir / results.RESULTS))]

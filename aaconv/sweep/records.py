@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,8 +41,8 @@ class Sweep:
     Attributes:
       workdir: absolute.
       base: the config that trials override.
-      trials: in the order of the description; earlier ones of the workdir that ran and are not described any more
-        come after them.
+      trials: in the order of the description; earlier ones of the workdir that are finished and not described any
+        more come after them.
       until: the step at which a trial pauses, by its name; others run to their end.
     """
 
@@ -135,7 +136,7 @@ def opened(
     Args:
       workdir: an existing folder.
       base: what the trials override.
-      trials: that there shall be. Others that ran in the workdir before stay in the sweep.
+      trials: that there shall be. Others that were finished in the workdir before stay in the sweep.
       note: gets lines about what is not as one might expect.
 
     Raises:
@@ -194,7 +195,8 @@ def _merged(workdir: Path, base: Config, trials: Sequence[Trial], note: Callable
         # What ran under another name, as with fewer keys overridden, keeps its folder.
         trials = [dataclasses.replace(trial, name=ran[key].name) if key in ran else trial for key, trial in new]
         names = {trial.name for trial in trials}
-        before = [trial for trial in ran.values() if trial.name not in names]
+        finished = lambda trial: bool(read_json(old.folder(trial) / TRIAL).get("values"))
+        before = [trial for trial in ran.values() if trial.name not in names and finished(trial)]
         sweep = dataclasses.replace(sweep, trials=tuple(trials))
         swept = [set(trial.overrides) for trial in [*before, *trials]]
         shared = set.intersection(*swept) if swept else set()
@@ -207,7 +209,7 @@ def _merged(workdir: Path, base: Config, trials: Sequence[Trial], note: Callable
         if before:
             sweep = dataclasses.replace(sweep, trials=(*trials, *before))
             few = ", ".join(trial.name for trial in before[:3]) + (" ..." if len(before) > 3 else "")
-            note(f"{len(before)} earlier trials are not described any more and stay in the table: {few}")
+            note(f"{len(before)} finished trials are not described any more and stay in the table: {few}")
     changed = {trial.name: found for trial in sweep.trials if (found := changes_since(sweep, trial))}
     if changed:
         name, found = next(iter(changed.items()))
@@ -287,6 +289,13 @@ def lock(path: Path) -> Iterator[bool]:
                 return
             time.sleep(patience)  # somebody may only be looking, as `is_claimed` does
         yield False
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a folder has locks, without which two processes would run the same trial."""
+    with tempfile.NamedTemporaryFile(dir=folder) as one, open(one.name) as other:
+        flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return not flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def flock(file: Any, operation: int) -> bool:

@@ -60,7 +60,7 @@ class _Recorder(metrics.Progress):
         self._write()
 
     def note(self, text: str) -> None:
-        with (self._folder / OUTPUT).open("a") as file:
+        with contextlib.suppress(OSError), (self._folder / OUTPUT).open("a") as file:
             print(text, file=file)
 
     def stop(self) -> None:
@@ -87,6 +87,7 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False, job: str = "
 
     Raises:
       Preempted: a signal asked to stop, after the state was saved.
+      ValueError: how it went cannot be written down.
     """
     import jax
 
@@ -94,22 +95,18 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False, job: str = "
 
     folder = sweep.folder(trial)
     record = close_open_attempt(sweep, trial)
-    found = report.machine()
-    attempt: dict[str, Any] = {
-        "started": time.time(),
-        "process": this_process(),
-        **({"job": job} if job else {}),
-        **found,
-    }
+    attempt: dict[str, Any] = {"started": time.time(), "process": this_process(), **({"job": job} if job else {})}
     record |= {"name": trial.name, "overrides": trial.overrides}
     record["attempts"] = [*record.get("attempts", []), attempt]
     records.write_json(folder / TRIAL, record)
-    tracking.write_hparams(sweep, trial)
     recorder = _Recorder(folder)
-    where = f"process {attempt['process']}" + (f", Slurm's job {job}" if job else "")
-    recorder.note(f"--- attempt {len(record['attempts'])}, {found['date']}, {where}")
     until = sweep.until.get(trial.name)
     try:
+        attempt |= report.machine()  # a GPU that does not start is a failure as well
+        records.write_json(folder / TRIAL, record)
+        tracking.write_hparams(sweep, trial)
+        where = f"process {attempt['process']}" + (f", Slurm's job {job}" if job else "")
+        recorder.note(f"--- attempt {len(record['attempts'])}, {attempt['date']}, {where}")
         with _printing_to(folder / OUTPUT) if capture else contextlib.nullcontext():
             values = train.train(sweep.config(trial), folder, progress=recorder, pause_step=until)
         if until is None:
@@ -131,10 +128,21 @@ def run_trial(sweep: Sweep, trial: Trial, *, capture: bool = False, job: str = "
     finally:
         attempt["seconds"] = round(time.time() - attempt["started"], 3)
         attempt["saved_step"] = max(checkpoints.finished_steps(folder), default=0)
-        records.write_json(folder / TRIAL, record)
+        _write_record(folder / TRIAL, record)
         tracking.write_hparams(sweep, trial)
         jax.clear_caches()  # Other networks' programs would only fill the memory.
     return attempt["outcome"]
+
+
+def _write_record(file: Path, record: Mapping[str, Any]) -> None:
+    try:
+        records.write_json(file, record)
+    except OSError as error:
+        last = record["attempts"][-1]
+        raise ValueError(
+            f"{file} cannot be written ({error.strerror or error}): make it possible and run the same command again; "
+            f"this attempt {last['outcome']}: {last.get('error', 'without an error')}"
+        ) from error
 
 
 def _evaluated_at(folder: Path, step: int) -> dict[str, float]:
@@ -196,7 +204,7 @@ def close_open_attempt(sweep: Sweep, trial: Trial, reason: str = "") -> dict[str
 
 
 def fail_if_stalled(sweep: Sweep, trial: Trial, job: str) -> bool:
-    """Records that a trial failed whose job was queued again twice without a step saved in between.
+    """Records that a trial failed of whose job three attempts in a row ended without a step saved in between.
 
     Without that such a job, whose time limit ends before its first step, say, would go round for ever.
 
@@ -209,17 +217,18 @@ def fail_if_stalled(sweep: Sweep, trial: Trial, job: str) -> bool:
       Whether it was so.
     """
     record = close_open_attempt(sweep, trial)
-    ended = [attempt for attempt in record.get("attempts", []) if attempt.get("job") == job][-2:]
-    if len(ended) < 2 or any(attempt["outcome"] not in (STOPPED, KILLED) for attempt in ended):
+    ended = [attempt for attempt in record.get("attempts", []) if attempt.get("job") == job][-3:]
+    if len(ended) < 3 or any(attempt["outcome"] not in (STOPPED, KILLED) for attempt in ended):
         return False
-    before, step = (attempt.get("saved_step", 0) for attempt in ended)
-    if step > before:
+    first, *_, step = (attempt.get("saved_step", 0) for attempt in ended)
+    if step > first:
         return False
     ended[-1]["outcome"] = FAILED
     ended[-1]["error"] = (
-        f"its job {job} of Slurm was queued again twice and saved no step in between, after step {step}: give a longer "
-        "--time, or a --save-seconds that leaves more of it; where compiling takes that long, "
-        "--setup 'export JAX_COMPILATION_CACHE_DIR=FOLDER' keeps what is compiled"
+        f"its job {job} of Slurm was queued again three times and saved no step in between, after step {step}: give a "
+        "longer --time, or a --save-seconds that leaves more of it; where compiling takes that long, "
+        "--setup 'export JAX_COMPILATION_CACHE_DIR=FOLDER' keeps what is compiled; where it is preempted that often, "
+        "save more often, --config.checkpoint.every_steps"
     )
     records.write_json(sweep.folder(trial) / TRIAL, record)
     return True
@@ -441,33 +450,32 @@ class _Workers:
                 continue
             del self._processes[slot]
             _close_pipe(process)
-            if process.returncode == 0:
+            if process.returncode in (0, launch.SAVED) or self._record_death(process):
                 self._died_idle = 0
-            elif self._record_death(process):
-                self._died_idle = 0
-            else:
-                self._died_idle += 1
-                if self._died_idle > 2:
-                    lines = records.last_lines(self._output(slot), ERROR_LINES)
-                    raise RuntimeError(f"the processes of the sweep end before they begin a trial:\n{lines}")
+                continue
+            self._died_idle += 1
+            if self._died_idle > 2:
+                lines = records.last_lines(self._output(slot), ERROR_LINES)
+                raise ValueError(f"the processes of the sweep end before they begin a trial:\n{lines}")
 
     def _record_death(self, process: subprocess.Popen[bytes]) -> bool:
-        """Records with what a process died, at the trial that it ran, if it ran one."""
+        """Records with what a process died, at the trial that it ran; returns whether it ever began one."""
         name = f"{platform.node()}:{process.pid}"
         if process.returncode < 0:
             reason = f"its process ended by {signal.Signals(-process.returncode).name}"
             reason += " (out of memory?)" if process.returncode == -signal.SIGKILL else ""
         else:
             reason = f"its process ended with exit code {process.returncode}"
+        begun = False
         for trial in self._sweep.trials:
             folder = self._sweep.folder(trial)
-            last = (records.read_json(folder / TRIAL).get("attempts") or [{}])[-1]
-            if last.get("process") == name and "outcome" not in last:
+            attempts = records.read_json(folder / TRIAL).get("attempts") or [{}]
+            begun |= any(attempt.get("process") == name for attempt in attempts)
+            if attempts[-1].get("process") == name and "outcome" not in attempts[-1]:
                 with records.claim(folder) as mine:
                     if mine:
                         close_open_attempt(self._sweep, trial, reason)
-                return True
-        return False
+        return begun
 
     def _is_elsewhere(self, trial: Trial) -> bool:
         status = records.status(self._sweep, trial)

@@ -140,10 +140,12 @@ def open_sweep(workdir: Path, config: str, *grid: str):
 
 
 def test_a_sweep_may_grow_and_what_ran_stays(config, tmp_path):
-    with open_sweep(tmp_path, config, "seed=0,1") as sweep:
+    with open_sweep(tmp_path, config, "seed=0,1,3") as sweep:
         records.write_json(make(sweep, 0) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.5}})
+        records.write_json(make(sweep, 2) / "trial.json", {"attempts": [{"started": 1.0, "outcome": "stopped"}]})
     with open_sweep(tmp_path, config, "seed=2") as sweep:
-        assert [trial.name for trial in sweep.trials] == ["seed=2", "seed=0"]  # seed=1 never ran
+        # seed=1 never ran, and seed=3, which is asked for no more, would only be run to its end.
+        assert [trial.name for trial in sweep.trials] == ["seed=2", "seed=0"]
     assert records.load(tmp_path) == sweep
 
 
@@ -199,15 +201,40 @@ def test_a_description_that_comes_between_two_locks_is_not_mixed_with_this_one(c
     assert [trial.name for trial in records.load(tmp_path).trials] == ["seed=2"]
 
 
-def test_a_file_system_without_locks_runs_and_halves_a_sweep_all_the_same(config, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_runs_and_halves_a_sweep_in_one_process(sweep, config, tmp_path, monkeypatch):
     def no_locks(file: Any, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with open_sweep(tmp_path, config, "seed=0,1") as sweep, records.claim(sweep.folder(sweep.trials[0])) as mine:
+    with open_sweep(tmp_path, config, "seed=0,1") as opened, records.claim(opened.folder(opened.trials[0])) as mine:
         assert mine
-        halving.Halving(1, "steps").begin(sweep, [])
+        halving.Halving(1, "steps").begin(opened, [])
     assert halving.recorded(tmp_path) == halving.Halving(1, "steps")
+    answer = sweep(*LINE, "--workdir", tmp_path / "several", "--jobs", 2)
+    assert answer.code == cli.WRONG_INPUT and "has no locks (flock)" in answer.err
+    assert not (tmp_path / "several/sweep.json").exists()
+
+
+def test_how_a_trial_went_is_told_where_it_cannot_be_written(config, tmp_path, monkeypatch):
+    written = records.write_json
+
+    def full(path: Path, value: Any) -> None:
+        if path.name == "trial.json" and "outcome" in value["attempts"][-1]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(path, value)
+
+    def no_device() -> None:
+        raise RuntimeError("no GPU answers")
+
+    monkeypatch.setattr("aaconv.bench.report.machine", no_device)
+    with open_sweep(tmp_path, config, "seed=0,1") as sweep:
+        first, second = sweep.trials
+        with records.claim(sweep.folder(first)):
+            assert running.run_trial(sweep, first) == "failed"
+        assert "no GPU answers" in records.statuses(sweep)[0].error
+        monkeypatch.setattr(records, "write_json", full)
+        with records.claim(sweep.folder(second)), pytest.raises(ValueError, match=r"(?s)No space left.*no GPU answers"):
+            running.run_trial(sweep, second)
 
 
 def test_a_trial_that_somebody_has_is_not_run(config, tmp_path):

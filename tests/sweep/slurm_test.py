@@ -302,10 +302,10 @@ def test_a_trial_whose_job_is_queued_again_and_again_without_a_step_fails(
         ended = {"started": 1.0, "outcome": "stopped", "job": job}
         records.write_json(file, {"attempts": [{**ended, "saved_step": step} for step in steps]})
 
-    for steps, job in (((5,), "7"), ((5, 6), "7"), ((5, 5), "8")):
+    for steps, job in (((5,), "7"), ((5, 5), "7"), ((5, 5, 6), "7"), ((5, 5, 5), "8")):
         stopped(*steps, job=job)
         assert not running.fail_if_stalled(sweep, trial, "7")
-    stopped(4, 5, 5)
+    stopped(4, 5, 5, 5)
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -313,7 +313,7 @@ def test_a_trial_whose_job_is_queued_again_and_again_without_a_step_fails(
         slurm_jobs.run_in_job(str(tmp_path), "seed=0", None)
     assert "saved no step since its job was queued again" in capfd.readouterr().out
     last = attempts(tmp_path, "seed=0")[-1]
-    assert last["outcome"] == "failed" and "job 7 of Slurm was queued again twice" in last["error"]
+    assert last["outcome"] == "failed" and "job 7 of Slurm was queued again three times" in last["error"]
     assert "after step 5: give a longer --time" in last["error"]
 
 
