@@ -41,7 +41,7 @@ from aaconv.sweep.description import Trial
 from aaconv.sweep.records import KILLED, STOPPED, TRIAL, Sweep
 
 FOLDER = "slurm"  # in the sweep's workdir: scripts, logs, and which job has which trial
-LOOK_SECONDS = 1.0  # between looks at files, which cost the cluster nothing
+LOOK_SECONDS = 1.0  # between looks at the files of trials
 QUEUE_SECONDS = 10.0  # at most, between looks at the queue: a tenth of the time since the launcher began
 REFUSED_SECONDS = 60.0  # before Slurm is asked again to take jobs
 LARGEST_ARRAY = 1000  # jobs; one below Slurm's default for MaxArraySize
@@ -99,7 +99,7 @@ def nodes_for(sweep: Sweep, gpus_per_node: int) -> int:
     return next(iter(needed), 1)
 
 
-OWN = ("array", "error", "job-name", "open-mode", "output", "requeue", "signal", "wrap")
+OWN = ("array error job-name ntasks ntasks-per-node open-mode output requeue signal wrap").split()
 """Options of ``sbatch`` on which the launcher rests."""
 
 
@@ -318,7 +318,10 @@ class Cluster:
             if not mine:  # it runs, in another place
                 return
             last = (records.read_json(folder / TRIAL).get("attempts") or [{}])[-1]
-            reason = f"its job {number} of Slurm ended without a word: killed, out of memory, or cancelled"
+            reason = (
+                f"its job {number} of Slurm ended without a word: killed, cancelled, out of memory, or of time before "
+                "it could save (--save-seconds)"
+            )
             record = running.close_open_attempt(part, trial, reason if last.get("job") == number else "")
             attempts = record.setdefault("attempts", [])
             if running.is_finished(part, trial) or YIELDED in records.last_lines(log, LOG_LINES):

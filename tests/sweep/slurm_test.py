@@ -95,7 +95,7 @@ def table(workdir: Path) -> list[tuple[str, str, str]]:
 
 @pytest.mark.slow
 def test_two_trials_and_the_launcher_killed_give_the_table_of_an_undisturbed_sweep(slurm, config, tmp_path):
-    line = ("--config", config, "--config.num_steps=12", "--grid", "seed=0:3")
+    line = ("--config", config, "--config.num_steps=30", "--grid", "seed=0:3")
     finish(slurm.environment, *line, "--workdir", tmp_path / "undisturbed")
     workdir = tmp_path / "slurm sweep"
     with launch(slurm.environment, *line, "--workdir", workdir, "--slurm", "--retries", "1") as launcher:
@@ -115,9 +115,13 @@ def catch(workdir: Path, launcher: subprocess.Popen[str], but: records.Status | 
 
     def held() -> records.Status | None:
         for status in saved_and_running(workdir):
-            if but is None or status.trial != but.trial:
+            if but is not None and status.trial == but.trial:
+                continue
+            with contextlib.suppress(ProcessLookupError):  # It ended since it was looked at, or while it was stopped.
                 os.kill(process_of(status), signal.SIGSTOP)
-                return status
+                if "outcome" not in attempts(workdir, status.trial.name)[-1]:
+                    return status
+                os.kill(process_of(status), signal.SIGCONT)
         return None
 
     return wait_for(held, launcher)
