@@ -4,7 +4,9 @@ At each rung the trials that are left pause, are evaluated, and the best ``1 / f
 schedule of its whole length, so that one which is never stopped computes what it computes without halving, bit for
 bit. Trials that differ in their seed alone, a cell, are judged together, by their mean; a cell of which a trial failed
 or diverged comes after all whole ones. All have to reach a rung before it is decided, or to have failed as often as
-they may: processors may idle for a while, but what is decided does not depend on who was fast. Decisions are written
+they may: processors may idle for a while, but what is decided does not depend on who was fast. One that somebody
+stopped on its way is run on first; one that is past the rung without an evaluation there cannot be judged, which is an
+error. Decisions are written
 into ``halving.json``, with the reasons of trials that had no value, and never revised.
 
 References:
@@ -95,25 +97,28 @@ class Halving:
     def parts(self, sweep: Sweep) -> Iterator[Sweep]:
         """Yields what is to be run, one rung after another, and decides when it is asked for the next.
 
-        Where no trial at all has a value at a rung, nothing is decided and nothing more is yielded.
+        Trials that have neither a value nor failed, as where another launcher had them and was stopped, are yielded
+        again. Where no trial at all has a value at a rung, nothing is decided and nothing more is yielded.
 
         Args:
           sweep: which; as of `aaconv.sweep.records.opened`.
 
         Raises:
-          ValueError: there is no rung before the end of the runs, or `begin` would refuse.
+          ValueError: there is no rung before the end of the runs, or `begin` would refuse, or trials went past a rung
+            without being evaluated there.
         """
         rungs = self.rungs(sweep)
         self.begin(sweep, rungs)
         cells = by_cell(sweep.trials)
         for number, until in enumerate(rungs):
             decided = records.read_json(sweep.workdir / HALVING)["rungs"]
+            part = sweep.part([trial.name for trials in cells.values() for trial in trials], until)
+            missing = part.trials if number >= len(decided) else ()
+            while missing:
+                yield part.part([trial.name for trial in missing], until)
+                decided, missing = self._decide(part, number, cells)
             if number >= len(decided):
-                part = sweep.part([trial.name for trials in cells.values() for trial in trials], until)
-                yield part
-                decided = self._decide(part, number, cells)
-                if len(decided) <= number:
-                    return
+                return
             cells = {name: cells[name] for name in decided[number]["kept"]}
         yield sweep.part([trial.name for trials in cells.values() for trial in trials], {})
 
@@ -191,7 +196,7 @@ class Halving:
         return found
 
     def _check_evaluated(self, sweep: Sweep, rungs: Sequence[Mapping[str, int]]) -> None:
-        """Raises where a trial that ran before the sweep was halved is past a rung and cannot be judged there."""
+        """Raises where a trial is past a rung and cannot be judged there, for it ran without knowing of it."""
         from aaconv import checkpoints
 
         out = records.eliminated(sweep.workdir)
@@ -210,25 +215,40 @@ class Halving:
                 evaluated.append({row["step"] for row in metrics.read_rows(folder) if self.metric in row})
         if missing:
             there = sorted(set.intersection(*evaluated))
+            file = sweep.workdir / HALVING
             raise ValueError(
                 f"--halving {self.minimum:g}{self.unit} compares trials by {self.metric}, and {len(missing)} of "
-                f"{len(sweep.trials)} ran before without being evaluated there: "
+                f"{len(sweep.trials)} ran on without being evaluated there: "
                 f"{few([f'{name} at step {step}' for name, step in missing.items()])}; name a new --workdir, or "
-                "another budget" + (f" (they were evaluated at step {', '.join(map(str, there[:5]))})" if there else "")
+                "another budget"
+                + (f" (they were evaluated at step {', '.join(map(str, there[:5]))})" if there else "")
+                + (f", and move {file} away" if file.exists() else "")
             )
 
-    def _decide(self, part: Sweep, number: int, cells: Mapping[str, Sequence[Trial]]) -> list[dict[str, Any]]:
-        """Returns the decisions that there are, with that of a rung if any of its trials has a value."""
+    def _decide(
+        self, part: Sweep, number: int, cells: Mapping[str, Sequence[Trial]]
+    ) -> tuple[list[dict[str, Any]], Sequence[Trial]]:
+        """Decides a rung if all of its trials have a value or failed, and any has a value.
+
+        Returns:
+          The decisions that there are, and the trials that this one has to wait for.
+
+        Raises:
+          ValueError: a trial is past the rung and was not evaluated there.
+        """
         with _alone(part.workdir):
             found = records.read_json(part.workdir / HALVING)
             if len(found["rungs"]) > number:  # another launcher was first
-                return found["rungs"]
+                return found["rungs"], ()
+            self._check_evaluated(part, [part.until])
             judged = {name: self._judge(part, trials) for name, trials in cells.items()}
-            if all(cell.mean is None for cell in judged.values()):
-                return found["rungs"]
+            missing = [trial for cell in judged.values() for trial in cell.missing]
+            if missing or all(cell.mean is None for cell in judged.values()):
+                return found["rungs"], missing
             sign = -1 if metrics.higher_is_better(self.metric) else 1
             ranked = sorted(judged, key=lambda name: judged[name].rank(sign))  # the first described of equals
-            keep = ranked[: max(1, len(ranked) // self.factor)]
+            known = [name for name in ranked if judged[name].mean is not None]
+            keep = known[: max(1, len(ranked) // self.factor)]
             found["rungs"].append(
                 {
                     "budget": self._budget(number),
@@ -241,18 +261,24 @@ class Halving:
                 }
             )
             records.write_json(part.workdir / HALVING, found)
-            return found["rungs"]
+            return found["rungs"], ()
 
     def _judge(self, part: Sweep, trials: Sequence[Trial]) -> _Judged:
         known: list[float] = []
         without: dict[str, str] = {}
+        missing: list[Trial] = []
         for trial in trials:
-            value = next(iter(self._evaluations(part, trial, part.until[trial.name])), None)
-            if value is not None and math.isfinite(value):
-                known.append(value)
+            status = records.status(part, trial)
+            values = self._evaluations(part, trial, part.until[trial.name])
+            if values and values[0] is not None and math.isfinite(values[0]):
+                known.append(values[0])
+            elif values:
+                without[trial.name] = f"{self.metric} is not finite"
+            elif status.state == FAILED:
+                without[trial.name] = _why(status)
             else:
-                without[trial.name] = _why(records.status(part, trial), self.metric)
-        return _Judged(statistics.fmean(known) if known else None, len(trials), without)
+                missing.append(trial)
+        return _Judged(statistics.fmean(known) if known else None, len(trials), without, missing)
 
     def _evaluations(self, sweep: Sweep, trial: Trial, step: int) -> list[float | None]:
         """Returns the metric of the evaluation at a step, None for nan; [] where there was none."""
@@ -265,11 +291,19 @@ class Halving:
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """A cell at a rung: the mean of its trials that have a value, how many trials it has, and why others have none."""
+    """A cell at a rung.
+
+    Attributes:
+      mean: of its trials that have a value; None without any.
+      trials: that it has.
+      without: why others have no value, and will have none.
+      missing: those that may yet have one.
+    """
 
     mean: float | None
     trials: int
     without: Mapping[str, str]
+    missing: Sequence[Trial]
 
     @property
     def known(self) -> int:
@@ -280,9 +314,7 @@ class _Judged:
         return len(self.without) / self.trials, 0.0 if self.mean is None else sign * self.mean
 
 
-def _why(status: records.Status, metric: str) -> str:
-    if status.state != FAILED:
-        return f"{metric} is not finite"
+def _why(status: records.Status) -> str:
     attempts = f" in {status.attempts} attempts" if status.attempts > 1 else ""
     said = status.error.splitlines()
     return f"{outcome(status)}{attempts}" + (f": {said[-1]}" if said else "")

@@ -36,6 +36,10 @@ def rates(part: records.Sweep) -> list[tuple[float, int]]:
     return [(trial.overrides["schedule.learning_rate"], trial.overrides["seed"]) for trial in part.trials]
 
 
+def rates_alone(part: records.Sweep) -> list[float]:
+    return [trial.overrides["schedule.learning_rate"] for trial in part.trials]
+
+
 def test_the_best_of_each_rung_go_on_with_all_their_seeds(config, tmp_path):
     with open_sweep(tmp_path, config, *GRID) as sweep:
         parts = Halving.parse("4steps", 2, "eval/accuracy").parts(sweep)
@@ -183,12 +187,49 @@ def test_trials_that_ran_before_and_cannot_be_judged_are_named_before_anything_r
         # One is finished; the other was stopped on its way, behind the first rung.
         records.write_json(sweep.folder(sweep.trials[0]) / "trial.json", {"values": {"eval/accuracy": 0.9}})
         (sweep.folder(sweep.trials[1]) / "checkpoints" / "30").mkdir(parents=True)
-        with pytest.raises(
-            ValueError, match="2 of 3 ran before without being evaluated there: learning_rate=0.1 at "
-        ) as e:
+        with pytest.raises(ValueError, match="2 of 3 ran on without being evaluated there: learning_rate=0.1 at ") as e:
             next(Halving.parse("4steps", 3, "eval/accuracy").parts(sweep))
         assert "they were evaluated at step 20, 40" in str(e.value)
         assert len(next(Halving.parse("20steps", 3, "eval/accuracy").parts(sweep)).trials) == 3
+
+
+def test_a_trial_that_went_past_the_rung_meanwhile_is_named_and_nothing_is_decided(config, tmp_path):
+    """As where it is run by a launcher that was started without --halving."""
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3") as sweep:
+        parts = Halving.parse("4steps", 3, "eval/accuracy").parts(sweep)
+        reach(next(parts), lambda o: o["schedule.learning_rate"])
+        best = sweep.folder(sweep.trials[2])
+        records.write_json(best / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.9}})
+        row = {"step": 40, "eval/accuracy": 0.9}
+        (best / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match="1 of 3 ran on without being evaluated there: learning_rate=0.3 at") as e:
+            next(parts)
+    assert str(e.value).endswith(f"(they were evaluated at step 40), and move {tmp_path / 'halving.json'} away")
+    assert json.loads((tmp_path / "halving.json").read_text())["rungs"] == []
+
+
+def test_a_trial_that_was_stopped_is_run_on_before_its_rung_is_decided(config, tmp_path):
+    """As where this launcher had given it up, and another took it and was stopped."""
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3") as sweep:
+        parts = Halving.parse("4steps", 3, "eval/accuracy").parts(sweep)
+        reach(next(parts), lambda o: o["schedule.learning_rate"])
+        failed, _, stopped = (sweep.folder(trial) / "trial.json" for trial in sweep.trials)
+        attempts = [{"started": 1.0, "outcome": "failed", "error": "no more disk"}]
+        records.write_json(failed, {"attempts": attempts})
+        records.write_json(stopped, {"attempts": [*attempts, {"started": 2.0, "outcome": "stopped"}]})
+        again = next(parts)
+        assert rates_alone(again) == [0.3] and again.until[again.trials[0].name] == 4
+        reach(again, lambda o: o["schedule.learning_rate"])
+        assert rates_alone(next(parts)) == [0.3]
+    decided = json.loads((tmp_path / "halving.json").read_text())["rungs"][0]
+    assert decided["without"] == {"learning_rate=0.1": "failed: no more disk"}
+
+
+def test_a_cell_without_any_value_does_not_go_on_where_there_is_room(config, tmp_path):
+    with open_sweep(tmp_path, config, "schedule.learning_rate=0.1,0.2,0.3,0.4") as sweep:
+        parts = Halving.parse("4steps", 2, "eval/accuracy").parts(sweep)
+        reach(next(parts), lambda o: 0.5 if o["schedule.learning_rate"] == 0.3 else None)
+        assert rates_alone(next(parts)) == [0.3]
 
 
 def test_a_lower_loss_is_better_and_epochs_are_counted_by_each_trial(config, tmp_path):
