@@ -463,8 +463,13 @@ def _format(values: Mapping[str, float]) -> str:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a metric ranks from above; losses rank from below."""
-    return not metric.endswith("loss")
+    """Whether a metric ranks from above; losses, times, shares of time that are lost, and norms of gradients do not.
+
+    Example:
+      >>> higher_is_better("perf/images_per_sec"), higher_is_better("perf/evaluation_seconds")
+      (True, False)
+    """
+    return not metric.endswith(("loss", "_seconds", "_share", "grad_norm"))
 
 
 def duration(seconds: float) -> str:

@@ -116,6 +116,12 @@ def test_no_rows_where_there_is_no_file(tmp_path):
     assert metrics.read_rows(tmp_path) == []
 
 
+def test_which_metrics_are_better_the_higher_they_are():
+    names = [*("eval/accuracy", "eval/top5", "perf/images_per_sec", "perf/mfu"), "eval/loss", "train/loss"]
+    names += ["perf/evaluation_seconds", "perf/input_wait_share", "optim/grad_norm"]
+    assert [name for name in names if metrics.higher_is_better(name)] == names[:4]
+
+
 def test_tensorboard_events(tmp_path):
     pytest.importorskip("tensorboardX")
     with metrics.Log(tmp_path) as log:
