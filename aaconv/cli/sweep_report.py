@@ -16,7 +16,8 @@ def add(commands: Commands) -> None:
     report = commands.add(
         "sweep report",
         _report,
-        "Print mean, deviation and 95% interval over seeds; write report.html, report.md, pictures and results.csv.",
+        "Print mean, standard deviation and 95% interval over seeds; write report.html, report.md, pictures and "
+        "results.csv.",
         workdir="folder of the sweep",
     )
     report.add_argument(
