@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -318,18 +319,32 @@ def flock(file: Any, operation: int) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is whole at any time."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
+    with beside.open("w") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else the name may be on the disk before the content, when the machine goes down
     beside.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that `write_json` wrote; {} where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete the folder {path.parent} to run it anew") from error
+    """Reads a file that `write_json` wrote; {} where there is none.
+
+    Raises:
+      ValueError: it is not JSON.
+    """
+    for patience in (0.02, 0.1, 0.5, 0):
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            break
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}): move this file away") from error
+        except OSError as error:
+            # Over NFS: another host put a new file in the place of the one that was opened.
+            if error.errno != errno.ESTALE or not patience:
+                raise
+        time.sleep(patience)
+    return {}
 
 
 def last_lines(path: Path, number: int = 10) -> str:

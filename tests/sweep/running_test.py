@@ -237,6 +237,34 @@ def test_how_a_trial_went_is_told_where_it_cannot_be_written(config, tmp_path, m
             running.run_trial(sweep, second)
 
 
+def test_a_file_that_another_host_replaces_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    file, read, stale = tmp_path / "trial.json", Path.read_text, []
+
+    def stale_at_first(path: Path) -> str:
+        if path == file and len(stale) < 2:
+            stale.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    records.write_json(file, {"attempts": []})
+    monkeypatch.setattr(Path, "read_text", stale_at_first)
+    assert records.read_json(file) == {"attempts": []} and len(stale) == 2
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, os.fstat(number).st_size)))
+    records.write_json(tmp_path / "halving.json", {"rungs": []})
+    found = (tmp_path / "halving.json").stat()
+    assert synced == [(found.st_ino, found.st_size)]
+
+
+def test_of_a_broken_file_nothing_but_the_file_is_to_go(tmp_path):
+    (tmp_path / "halving.json").write_text('{"rungs": [')
+    with pytest.raises(ValueError, match=r"halving.json cannot be read \(.*\): move this file away$"):
+        halving.recorded(tmp_path)
+
+
 def test_a_trial_that_somebody_has_is_not_run(config, tmp_path):
     with open_sweep(tmp_path, config, "seed=0") as sweep:
         folder = sweep.folder(sweep.trials[0])
