@@ -11,19 +11,20 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from aaconv import config as config_lib
-from aaconv.sweep.description import Trial
+from aaconv.sweep.description import LONGEST_NAME, Trial
 
 if TYPE_CHECKING:
     from aaconv.config import ConfigDict as Config
@@ -193,8 +194,10 @@ def _merged(workdir: Path, base: Config, trials: Sequence[Trial], note: Callable
         )
         ran = {same(old, trial): trial for trial in old.trials if read_json(old.folder(trial) / TRIAL)}
         new = [(same(sweep, trial), trial) for trial in trials]
-        # What ran under another name, as with fewer keys overridden, keeps its folder.
-        trials = [dataclasses.replace(trial, name=ran[key].name) if key in ran else trial for key, trial in new]
+        # What ran under another name, as with fewer keys overridden, keeps its folder; what is new leaves it alone.
+        taken = {trial.name for trial in ran.values()}
+        name = lambda key, trial: ran[key].name if key in ran else _free_name(trial.name, key, taken)
+        trials = [dataclasses.replace(trial, name=name(key, trial)) for key, trial in new]
         names = {trial.name for trial in trials}
         finished = lambda trial: bool(read_json(old.folder(trial) / TRIAL).get("values"))
         before = [trial for trial in ran.values() if trial.name not in names and finished(trial)]
@@ -220,6 +223,13 @@ def _merged(workdir: Path, base: Config, trials: Sequence[Trial], note: Callable
             f"{workdir / 'trials' / name} to run it anew"
         )
     return sweep
+
+
+def _free_name(name: str, identity: str, taken: Collection[str]) -> str:
+    """Returns a trial's name, with a checksum of what it is where another one ran under that name."""
+    if name not in taken:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}~{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def _same(sweep: Sweep, base: Config, trials: Sequence[Trial]) -> bool:

@@ -170,6 +170,22 @@ def test_what_changes_no_result_makes_no_second_run_of_a_trial_under_another_nam
         assert [trial.name for trial in sweep.trials] == ["width=1,seed=0", "log=4"]
 
 
+def test_two_trials_never_have_one_folder(config, tmp_path):
+    with open_sweep(tmp_path, config, "seed=0") as sweep:  # log_every_steps is 2 there
+        records.write_json(make(sweep, 0) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.5}})
+    base = config_lib.load(config, ["log_every_steps=1"])
+    cells = [{"log_every_steps": 2, "seed": 0}, {"seed": 0}]
+    described = [description.Trial(description.trial_name(cell), cell) for cell in cells]
+    with records.opened(tmp_path, base, described) as sweep:
+        first, second = (trial.name for trial in sweep.trials)
+    assert first == "seed=0" and second.startswith("seed=0~")
+    with records.opened(tmp_path, base, described) as again:  # named alike before and after it ran
+        assert again.trials == sweep.trials
+        records.write_json(make(again, 1) / "trial.json", {"attempts": [], "values": {"eval/accuracy": 0.6}})
+    with records.opened(tmp_path, base, described) as again:
+        assert again.trials == sweep.trials
+
+
 def make(sweep: records.Sweep, index: int) -> Path:
     folder = sweep.folder(sweep.trials[index])
     folder.mkdir(parents=True)
