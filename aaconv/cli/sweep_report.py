@@ -56,7 +56,11 @@ def _report(arguments: argparse.Namespace) -> int:
     except report.NothingFinishedError as error:
         say(f"aaconv: error: {error}")
         return TRIAL_FAILED
-    pairs = [("page", written.page), ("report", written.path), ("table", results.write_results(sweep, table))]
+    pairs = [
+        ("page", written.page),
+        ("report", written.path),
+        ("table", results.write_results(sweep, table, written.found)),
+    ]
     tracking.write_tensorboard(sweep)
     print(written.text)
     print_pairs((name, str(path)) for name, path in pairs)

@@ -33,10 +33,10 @@ from typing import Any
 from aaconv import metrics
 from aaconv.errors import close_matches
 from aaconv.sweep import records
-from aaconv.sweep.description import Trial, trial_name
+from aaconv.sweep.description import Trial
 from aaconv.sweep.display import spell_metric
 from aaconv.sweep.records import FAILED, HALVING, TRIAL, Sweep
-from aaconv.sweep.results import few, outcome
+from aaconv.sweep.results import by_cell, few, outcome
 
 UNITS = ("epochs", "steps")
 TOLD = 4  # trials without a value at a rung
@@ -109,7 +109,7 @@ class Halving:
         """
         rungs = self.rungs(sweep)
         self.begin(sweep, rungs)
-        cells = by_cell(sweep.trials)
+        cells = by_cell(sweep)
         for number, until in enumerate(rungs):
             decided = records.read_json(sweep.workdir / HALVING)["rungs"]
             part = sweep.part([trial.name for trials in cells.values() for trial in trials], until)
@@ -119,7 +119,8 @@ class Halving:
                 decided, missing = self._decide(part, number, cells)
             if number >= len(decided):
                 return
-            cells = {name: cells[name] for name in decided[number]["kept"]}
+            out = set(decided[number]["eliminated"])  # cells may have other names since, trials have not
+            cells = {name: trials for name, trials in cells.items() if out.isdisjoint(trial.name for trial in trials)}
         yield sweep.part([trial.name for trials in cells.values() for trial in trials], {})
 
     def begin(self, sweep: Sweep, rungs: Sequence[Mapping[str, int]]) -> None:
@@ -180,7 +181,7 @@ class Halving:
                 f"{longest:g}: give all one length, or count in {UNITS[self.unit == 'epochs']}"
             )
         found: list[dict[str, int]] = []
-        budget, left = self.minimum, len(by_cell(sweep.trials))
+        budget, left = self.minimum, len(by_cell(sweep))
         while budget < shortest - 1e-6 and left > 1:
             until = {name: max(1, round(budget * steps)) for name, steps in ahead.items()}
             if any(until[name] >= total for name, total in totals.items()):
@@ -318,20 +319,6 @@ def _why(status: records.Status) -> str:
     attempts = f" in {status.attempts} attempts" if status.attempts > 1 else ""
     said = status.error.splitlines()
     return f"{outcome(status)}{attempts}" + (f": {said[-1]}" if said else "")
-
-
-def by_cell(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
-    """Returns the trials that differ in their seed alone, by the name they would have without it.
-
-    Example:
-      >>> list(by_cell([Trial("k=1,seed=0", {"model.kappa": 1.0, "seed": 0}), Trial("b", {"seed": 1})]))
-      ['kappa=1.0', 'base']
-    """
-    cells: dict[str, list[Trial]] = {}
-    for trial in trials:
-        rest = {key: value for key, value in trial.overrides.items() if key != "seed"}
-        cells.setdefault(trial_name(rest), []).append(trial)
-    return cells
 
 
 def recorded(workdir: Path) -> Halving | None:

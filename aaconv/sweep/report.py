@@ -34,12 +34,14 @@ class Report:
       page: of the HTML, which needs no other file.
       text: of the Markdown, without pictures.
       pictures: their paths; None without matplotlib.
+      found: how the trials stood, which all of it is made from.
     """
 
     path: Path
     page: Path
     text: str
     pictures: list[Path] | None
+    found: list[Status]
 
 
 def write_report(
@@ -61,7 +63,7 @@ def write_report(
     seen = {name for status in found for name in status.values if "/" in name}
     for metric in metrics:
         results.check_metric(metric, seen | set(EVAL_METRICS))
-    good, remarks = results.finished(sweep)
+    good, remarks = results.finished(sweep, found)
     others = [status for status in found if results.outcome(status) != FINISHED]
     if not good:
         changed = set(remarks) - set(results.absent(results.by_outcome(found)))  # finished, but not with this config
@@ -71,7 +73,7 @@ def write_report(
             f"  `aaconv sweep status --workdir {shlex.quote(str(sweep.workdir))}` says how it goes"
         )
     remarks = [*halving.describe(sweep.workdir), *remarks]
-    cells = {metric: results.cells(sweep, good, metric) for metric in metrics}
+    cells = {metric: results.cells(sweep, found, good, metric) for metric in metrics}
     drawn, names = {}, set()
     for metric in metrics:  # the training loss is not drawn again with the next metric
         found_here = pictures.pictures(sweep, cells[metric], metric)
@@ -89,7 +91,7 @@ def write_report(
     if others:
         parts.append("\n".join(f"- {line}" for line in unfinished(others)))
     text = "\n\n".join(part for part in parts if part) + "\n"
-    results.write_results(sweep)
+    results.write_results(sweep, found=found)
     count = sum(map(len, drawn.values()))
     if count > MANY:
         note(f"drawing {count} pictures ...")
@@ -116,7 +118,7 @@ def write_report(
         config=dict(config_lib.items(sweep.base)),
     )
     (sweep.workdir / PAGE).write_text(html, encoding="utf-8")
-    return Report(path, sweep.workdir / PAGE, text, paths)
+    return Report(path, sweep.workdir / PAGE, text, paths, found)
 
 
 INTERVAL = "Interval: 95% confidence interval of the mean, by Student's t distribution over the seeds."

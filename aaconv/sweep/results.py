@@ -14,7 +14,7 @@ from typing import Any
 from aaconv.errors import close_matches
 from aaconv.metrics import higher_is_better
 from aaconv.sweep import records
-from aaconv.sweep.description import Trial
+from aaconv.sweep.description import Trial, trial_name
 from aaconv.sweep.records import FAILED, FINISHED, TRIAL, Status, Sweep
 
 RESULTS = "results.csv"
@@ -28,17 +28,21 @@ RAN_ON = ("date", "revision", "device", "cpu", "cores", "python", "aaconv", "jax
 # The tidy table
 
 
-def tidy(sweep: Sweep) -> tuple[list[str], list[dict[str, Any]]]:
+def tidy(sweep: Sweep, found: Sequence[Status] | None = None) -> tuple[list[str], list[dict[str, Any]]]:
     """Returns the columns and rows of the tidy table: a row a finished trial and metric.
 
     Columns are the trial, the keys that the sweep overrides, ``seed``, ``metric``, ``value``, ``step`` (completed
     updates), ``parameters``, ``flops`` for one image, ``seconds`` of all attempts, ``attempts``, and `RAN_ON`.
+
+    Args:
+      sweep: as of `aaconv.sweep.records.load`.
+      found: how its trials stand; by default they are looked at.
     """
     keys = sweep.columns()
     keys += [] if "seed" in keys else ["seed"]
     counts = ("parameters", "flops", "seconds", "attempts")
     rows = []
-    for status in finished(sweep)[0]:
+    for status in finished(sweep, found)[0]:
         trial = status.trial
         ran = records.read_json(sweep.folder(trial) / TRIAL)["attempts"][-1]
         start = {"trial": trial.name, "seed": sweep.base.seed, **sweep.values(trial)}
@@ -53,13 +57,16 @@ def tidy(sweep: Sweep) -> tuple[list[str], list[dict[str, Any]]]:
     return ["trial", *keys, "metric", "value", "step", *counts, *RAN_ON], rows
 
 
-def write_results(sweep: Sweep, path: str | os.PathLike[str] | None = None) -> Path:
+def write_results(
+    sweep: Sweep, path: str | os.PathLike[str] | None = None, found: Sequence[Status] | None = None
+) -> Path:
     """Writes the tidy table.
 
     Args:
       sweep: as of `aaconv.sweep.records.load`.
       path: of the file, ``.csv`` or ``.parquet``; ``results.csv`` in the sweep's workdir by default. A CSV file has an
         empty field, a Parquet file null, where nothing is known or set.
+      found: how its trials stand; by default they are looked at.
 
     Returns:
       Its path.
@@ -73,7 +80,7 @@ def write_results(sweep: Sweep, path: str | os.PathLike[str] | None = None) -> P
     write = _write_csv if path.suffix == ".csv" else _write_parquet
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(beside, *tidy(sweep))
+        write(beside, *tidy(sweep, found))
         beside.replace(path)
     except OSError as error:
         raise ValueError(f"the table {path} cannot be written ({error.strerror}): name another file") from error
@@ -130,11 +137,16 @@ def by_outcome(found: Sequence[Status]) -> dict[str, list[Status]]:
     return {state: group for state, group in groups.items() if group}
 
 
-def finished(sweep: Sweep) -> tuple[list[Status], list[str]]:
-    """Returns the trials whose results are there and belong to the sweep's config, and remarks about the others."""
-    found = by_outcome(records.statuses(sweep))
-    remarks, good = absent(found), []
-    for status in found.get(FINISHED, []):
+def finished(sweep: Sweep, found: Sequence[Status] | None = None) -> tuple[list[Status], list[str]]:
+    """Returns the trials whose results are there and belong to the sweep's config, and remarks about the others.
+
+    Args:
+      sweep: as of `aaconv.sweep.records.load`.
+      found: how its trials stand; by default they are looked at.
+    """
+    groups = by_outcome(records.statuses(sweep) if found is None else found)
+    remarks, good = absent(groups), []
+    for status in groups.get(FINISHED, []):
         changed = records.changes_since(sweep, status.trial)
         if changed:
             remarks.append(f"not in the means, {status.trial.name} ran on: {records.spell_changes(changed)}")
@@ -220,6 +232,21 @@ class Cell:
         return bool(self.results) and all(map(math.isfinite, self.results))
 
 
+def by_cell(sweep: Sweep) -> dict[str, list[Trial]]:
+    """Returns the trials that differ in their seed alone, by the name that the values of the other keys make.
+
+    A trial has the values of the sweep's base where it overrides nothing.
+    """
+    found: dict[str, list[Trial]] = {}
+    for trial in sweep.trials:
+        found.setdefault(trial_name(_values_but_seed(sweep, trial)), []).append(trial)
+    return found
+
+
+def _values_but_seed(sweep: Sweep, trial: Trial) -> dict[str, Any]:
+    return {key: value for key, value in sweep.values(trial).items() if key != "seed"}
+
+
 def t_quantile(degrees_of_freedom: int) -> float:
     """Returns the 97.5% quantile of Student's t distribution.
 
@@ -232,36 +259,34 @@ def t_quantile(degrees_of_freedom: int) -> float:
     return float(special.stdtrit(degrees_of_freedom, 0.975))
 
 
-def cells(sweep: Sweep, good: Sequence[Status], metric: str) -> list[Cell]:
+def cells(sweep: Sweep, found: Sequence[Status], good: Sequence[Status], metric: str) -> list[Cell]:
     """Groups the trials by all but their seed, in the order of the sweep.
 
     Args:
       sweep: as of `aaconv.sweep.records.load`.
-      good: its trials with results, as of `finished`.
+      found: how its trials stand.
+      good: those with results, as of `finished`.
       metric: of the results.
 
     Returns:
-      The cells of which a trial is finished, failed or diverged; of others there is nothing to say.
+      The cells of which a trial is finished, or failed or diverged while none was eliminated; of others there is
+      nothing to say.
 
     Raises:
       ValueError: no trial has the metric.
     """
     values_of = {status.trial.name: status.values for status in good}
     check_metric(metric, {name for values in values_of.values() for name in values if "/" in name})
-    ended: set[str] = set()
-    together: dict[str, tuple[dict[str, Any], list[Trial]]] = {}
-    for status in records.statuses(sweep):
-        values = {key: value for key, value in sweep.values(status.trial).items() if key != "seed"}
-        together.setdefault(repr(values), (values, []))[1].append(status.trial)
-        if status.trial.name in values_of or status.state == FAILED:
-            ended.add(repr(values))
-    found = []
-    for name, (values, trials) in together.items():
-        if name in ended:
+    state_of = {status.trial.name: status.state for status in found}
+    made = []
+    for trials in by_cell(sweep).values():
+        states = {state_of[trial.name] for trial in trials}
+        if any(trial.name in values_of for trial in trials) or (FAILED in states and "eliminated" not in states):
             known = tuple(trial for trial in trials if metric in values_of.get(trial.name, {}))
             results = tuple(values_of[trial.name][metric] for trial in known)
-            found.append(Cell(values, known, results, tuple(trial for trial in trials if trial not in known)))
-    return found
+            missing = tuple(trial for trial in trials if trial not in known)
+            made.append(Cell(_values_but_seed(sweep, trials[0]), known, results, missing))
+    return made
 
 
 def check_metric(metric: str, known: Collection[str]) -> None:

@@ -232,6 +232,19 @@ def test_a_cell_without_any_value_does_not_go_on_where_there_is_room(config, tmp
         assert rates_alone(next(parts)) == [0.3]
 
 
+def test_trials_are_one_cell_by_their_values_however_they_are_described(config, tmp_path):
+    base = config_lib.load(config, ["num_steps=40"])
+    cells = [{"seed": 0}, {"model.width": 1, "seed": 1}, {"model.width": 2, "seed": 0}, {"model.width": 2, "seed": 1}]
+    trials = [description.Trial(description.trial_name(cell), cell) for cell in cells]  # width is 1 in the config
+    with records.opened(tmp_path, base, trials) as sweep:
+        parts = Halving.parse("4steps", 2, "eval/accuracy").parts(sweep)
+        first = next(parts)
+        reach(first, lambda o: 0.5 if "model.width" not in o else 0.9 if o["model.width"] == 1 else 0.6)
+        assert [trial.name for trial in next(parts).trials] == ["seed=0", "width=1,seed=1"]
+    decided = json.loads((tmp_path / "halving.json").read_text())["rungs"][0]
+    assert decided["values"] == {"width=1": 0.7, "width=2": 0.6}
+
+
 def test_a_lower_loss_is_better_and_epochs_are_counted_by_each_trial(config, tmp_path):
     with open_sweep(tmp_path, config, "batch_size=32,64,128", overrides=("num_steps=None", "num_epochs=4.0")) as sweep:
         parts = Halving.parse("1epoch", 3, "eval/loss").parts(sweep)

@@ -17,7 +17,8 @@ from aaconv.sweep import pictures, records, report, results
 
 
 def cells_of(sweep: records.Sweep, metric: str = "eval/accuracy") -> list[results.Cell]:
-    return results.cells(sweep, results.finished(sweep)[0], metric)
+    found = records.statuses(sweep)
+    return results.cells(sweep, found, results.finished(sweep, found)[0], metric)
 
 
 def test_mean_deviation_and_interval_over_seeds(made_up, config, tmp_path):
@@ -78,6 +79,32 @@ def test_a_cell_with_missing_seeds_says_so_and_is_neither_best_nor_in_front(made
     # Where no cell is whole, they are compared all the same.
     lacking = [cell for cell in cells if not cell.is_whole]
     assert report.best(lacking, "eval/accuracy") == "Best mean: 85.00% with width=2 (2 of 3 seeds)."
+
+
+def test_an_eliminated_cell_of_which_a_seed_failed_is_left_out_as_others_are(made_up, config, tmp_path):
+    result = lambda o: "Killed" if (o["model.width"], o["seed"]) == (2, 1) else 0.5 if o["model.width"] == 1 else None
+    sweep = made_up(tmp_path, config, ["model.width=1:4", "seed=0:2"], [], result)
+    out = [trial.name for trial in sweep.trials if trial.overrides["model.width"] > 1]
+    records.write_json(tmp_path / "halving.json", {"rungs": [{"eliminated": out}]})
+    assert [cell.values["model.width"] for cell in cells_of(sweep)] == [1]
+
+
+def test_a_report_is_of_one_moment(made_up, config, tmp_path, monkeypatch):
+    """A trial that finishes while a report is written is in all of its tables, or in none."""
+    sweep = made_up(tmp_path, config, ["seed=0:2"], [], lambda o: None if o["seed"] else 0.5)
+    finished = results.finished
+
+    def and_then_another_finishes(*args):
+        answer = finished(*args)
+        if not (folder := sweep.folder(sweep.trials[1])).exists():
+            folder.mkdir()
+            (folder / "trial.json").write_bytes((sweep.folder(sweep.trials[0]) / "trial.json").read_bytes())
+        return answer
+
+    monkeypatch.setattr(results, "finished", and_then_another_finishes)
+    written = report.write_report(sweep)
+    assert "1 of 2 trials" in written.text and "not in the means, waiting: seed=1" in written.text
+    assert "seed=1" not in (tmp_path / "results.csv").read_text()
 
 
 def test_pictures_mark_cells_with_missing_seeds(made_up, config, tmp_path):
