@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from aaconv import config as config_lib
@@ -83,9 +83,7 @@ def write_report(
     parts = [f"# {title}", f"{standing(found)}."]
     for metric in metrics:
         parts += [markdown(*table(cells[metric], metric)), best(cells[metric], metric)]
-    several = any(len(cell.results) > 1 for those in cells.values() for cell in those)
-    interval = INTERVAL if several else ""
-    parts.append(f"{interval}  \n{ran_on(sweep, good)}".strip())
+    parts.append(f"{intervals(cells)}  \n{ran_on(sweep, good)}".strip())
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     if others:
@@ -108,7 +106,7 @@ def write_report(
                 metric,
                 *table(cells[metric], metric),
                 row_of_best=_row_of_best(cells[metric], metric),
-                remark=f"{best(cells[metric], metric)} {interval}".strip(),
+                remark=f"{best(cells[metric], metric)} {intervals({metric: cells[metric]})}".strip(),
                 pictures=drawn[metric] if paths is not None else [],
             )
             for metric in metrics
@@ -122,6 +120,7 @@ def write_report(
 
 
 INTERVAL = "Interval: 95% confidence interval of the mean, by Student's t distribution over the seeds."
+BEYOND = "Student's t distribution does not know that accuracies end at 0 and 100%: few seeds make intervals go beyond."
 SEEDS, DEVIATION = "seeds", "standard deviation"
 
 
@@ -179,7 +178,7 @@ def ran_on(sweep: Sweep, good: Sequence[Status]) -> str:
 
 
 def best(cells: Sequence[Cell], metric: str) -> str:
-    """Says which cell has the best mean, how many others it cannot be told from, and which lack seeds."""
+    """Says which cell has the best mean, with how many others' intervals its own overlaps, and who is not compared."""
     first = results.best(cells, metric)
     if first is None or len(cells) == 1:
         return ""
@@ -199,13 +198,37 @@ def best(cells: Sequence[Cell], metric: str) -> str:
         said += f"; {_counted(len(alone), 'cell')} of one seed without an interval." if alone else "."
     else:
         said += "."
-    lacking = [cell for cell in cells if not cell.is_whole]
+    lacking = [cell for cell in cells if not cell.is_whole and not _is_spoilt(cell)]
     if lacking and first.is_whole:
         sign = 1 if higher_is_better(metric) else -1
         ahead = [cell for cell in lacking if sign * (cell.mean - first.mean) > 0]
         said += f" Not compared, since seeds are missing: {_counted(len(lacking), 'cell')}"
         said += f", among them {', '.join(map(named, ahead))}." if ahead else "."
+    if spoilt := list(filter(_is_spoilt, cells)):
+        said += f" Not compared, since results are not finite: {_counted(len(spoilt), 'cell')}."
     return said
+
+
+def _is_spoilt(cell: Cell) -> bool:
+    return not all(map(math.isfinite, cell.results))
+
+
+def intervals(cells: Mapping[str, Sequence[Cell]]) -> str:
+    """Says what the intervals of the tables are, "" where there is none.
+
+    Args:
+      cells: by metric.
+    """
+    if not any(len(cell.results) > 1 for several in cells.values() for cell in several):
+        return ""
+    ends = [
+        end
+        for metric, several in cells.items()
+        if in_percent(metric)
+        for cell in several
+        for end in (cell.mean - cell.confidence, cell.mean + cell.confidence)
+    ]
+    return f"{INTERVAL} {BEYOND}" if any(end < 0 or end > 1 for end in ends) else INTERVAL
 
 
 def _counted(number: int, thing: str) -> str:

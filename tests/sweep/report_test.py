@@ -42,7 +42,17 @@ def test_one_seed_has_no_spread_and_nan_spoils_only_its_own_row(made_up, config,
         ["1", "1", "50.00", "–", "one seed"],
         ["3", "2", "–", "–", "2 of 2 not finite"],
     ]
-    assert "one seed" in report.best(cells_of(sweep), "eval/accuracy")
+    said = report.best(cells_of(sweep), "eval/accuracy")
+    assert said.startswith("Best mean: 50.00% with width=1; one seed")
+    assert said.endswith(" Not compared, since results are not finite: 1 cell.")
+
+
+@pytest.mark.parametrize(("spread", "is_said"), [(0.01, False), (0.2, True)])
+def test_an_interval_beyond_every_accuracy_is_explained_once(made_up, config, tmp_path, sweep, spread, is_said):
+    made_up(tmp_path, config, ["model.width=1,2", "seed=0:2"], [], lambda o: 0.5 + spread * o["seed"])
+    answer = sweep("report", "--workdir", tmp_path, "--metric", "eval/loss", "--metric", "eval/accuracy")
+    assert answer.out.count("accuracies end at 0 and 100%") == is_said
+    assert (tmp_path / "report.html").read_text().count("accuracies end at 0 and 100%") == is_said
 
 
 UNSTABLE = {  # by width: the highest mean is of the seeds that did not diverge
