@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aaconv.metrics import duration, higher_is_better
 from aaconv.sweep import records
-from aaconv.sweep.records import Status, Sweep
+from aaconv.sweep.records import HALVING, Status, Sweep
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,14 +31,17 @@ ROWS = 20
 
 
 def summary(sweep: Sweep, found: Sequence[Status]) -> str:
-    """Says in a line how many trials are where, which is the best so far, and how long the rest takes."""
+    """Says in a line how many trials are where, which is the best so far, and how long the rest takes.
+
+    Of a sweep that is halved the last is not said: most of what is left will never be run.
+    """
     counts = {state: sum(status.state == state for status in found) for state in STATES}
     parts = [f"{counts['finished']}/{len(found)} finished"]
     parts += [f"{count} {state}" for state, count in counts.items() if count and state != "finished"]
     best = best_of(sweep, found)
     if best is not None:
         parts.append(f"best {sweep.metric} {spell_metric(sweep.metric, best.values[sweep.metric])} {best.trial.name}")
-    left = seconds_left(found)
+    left = None if (sweep.workdir / HALVING).exists() else seconds_left(found)
     if left is not None:
         parts.append(f"about {duration(left)} left")
     return ", ".join(parts)

@@ -318,12 +318,14 @@ def test_the_table_shows_who_stands_how(config, tmp_path, capsys):
         with records.claim(sweep.folder(sweep.trials[3])):
             found = records.statuses(sweep)
             line = display.summary(sweep, found)
+            records.write_json(tmp_path / "halving.json", {"rungs": []})
+            halved = display.summary(sweep, found)
             Console(width=200).print(display.table(sweep, found, rows=3))
     assert [status.state for status in found] == ["failed", "interrupted", "finished", "running", "waiting"]
     assert line.startswith(
         "1/5 finished, 1 running, 1 failed, 1 interrupted, 1 waiting, best eval/accuracy 75.00% seed=2"
     )
-    assert "left" in line
+    assert "left" in line and halved == line.rpartition(", ")[0]  # most of what is left will never be run
     printed = capsys.readouterr().out
     assert "seed=4" not in printed and "and 2 more" in printed and "2/4" in printed and " b " in printed
 
