@@ -1,12 +1,12 @@
-"""Attention ratio on CIFAR-100 on two CPU cores: the form of the paper's figure 4, in some twenty minutes.
+"""Attention ratio on CIFAR-100 on two CPU cores: the form of the paper's figure 4, in half an hour.
 
 The network of cifar100_small.py, a Wide-ResNet-10-1 of 80 thousand parameters, for an epoch and a half.
 
 COMMAND: aaconv sweep --config configs/cifar100_small_sweep.py --workdir runs/cifar100_small_sweep --jobs 2
 SOURCE: this project's own; the question is that of Bello et al. 2019, figure 4, network and schedule are far smaller.
-EXPECTED: 18.1, 17.2, 16.2 and 14.2% for ratios 0, 0.25, 0.5 and 1, three seeds (experiments/cifar100_ratio). The paper has
-76.4, 77.7, 77.3 and 73.9 with ResNet-50 on ImageNet (stated), that is a gain of attention at 0.25 and 0.5 and a loss at
-1; a network this small, trained this short, does not show the gain.
+EXPECTED: 18.1, 17.2, 16.2 and 14.2% for ratios 0, 0.25, 0.5 and 1, three seeds (experiments/cifar100_ratio). The paper
+has 76.4, 77.7, 77.3 and 73.9 with ResNet-50 on ImageNet (stated), that is a gain of attention at 0.25 and 0.5 and a
+loss at 1; a network this small, trained this short, does not show the gain.
 HARDWARE: two CPU cores, TFDS_DATA_DIR with cifar100 (`aaconv prepare cifar100`).
 """
 
