@@ -29,8 +29,8 @@ h1, h2, p, li, figcaption { overflow-wrap: anywhere; }
 .soft, .eliminated, figcaption { color: var(--soft); }
 .scroll { overflow: auto; max-height: 32rem; width: fit-content; max-width: 100%; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { vertical-align: bottom; background: var(--band); position: sticky; top: 0; }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { vertical-align: bottom; white-space: normal; background: var(--band); position: sticky; top: 0; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--soft); outline-offset: 2px; }
 th button::after { content: "\\2195"; display: inline-block; width: 1em; color: var(--soft); font-weight: 400; }
