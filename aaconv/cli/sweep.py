@@ -102,6 +102,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         say(f"cannot be run: {cell.name}: {cell.reason}")
     if arguments.dry_run and trials:
         _print_trials(trials)
+        if arguments.workdir:
+            _print_what_is_there(records.checked(records.local(arguments.workdir), base, trials, note=say))
     if invalid and (arguments.invalid == "error" or not trials):
         of = f"{len(invalid)} of {len(cells)} trials cannot be run"
         raise ValueError(f"{of}, as said above: change them" + (", or add --invalid skip" if trials else ""))
@@ -117,6 +119,13 @@ def _print_trials(trials: Sequence[Trial]) -> None:
         f"{len(trials)} trials; FLOPs for one image; MB: what a training step cannot do without on each device; "
         "compiled steps took up to twice as much, `aaconv compile` says it exactly"
     )
+
+
+def _print_what_is_there(sweep: Sweep) -> None:
+    from aaconv.sweep import running
+
+    done = sum(running.is_finished(sweep, trial) for trial in sweep.trials)
+    print(f"{done} of {len(sweep.trials)} are finished in {sweep.workdir}")
 
 
 def _run_sweep(
@@ -146,6 +155,7 @@ def _run_sweep(
                 parts=halving.parts if halving else None,
                 cluster=slurm.Cluster(sweep, resources, note=say).run if resources else None,
                 displayed=partial(display.displayed, sweep),
+                note=say,
             )
         finally:
             results.write_results(sweep)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 UNBOUNDED = (-math.inf, math.inf)
 EDGE = 1.2  # points, of markers: what a hollow one is drawn by
+MOST_SHADED = 6  # lines of a panel whose ranges are drawn
 INCH_A_LETTER = 0.075  # of the 9 points that ticks are written in
 
 
@@ -149,6 +150,8 @@ def learning(
 ) -> Figure:
     """Draws how runs went: a line through the means of a cell's runs, and the range from their lowest to their highest.
 
+    Of more than `MOST_SHADED` lines in a panel the ranges are left out: they would cover each other.
+
     Args:
       panels: ``{name of a line: (4, n)}`` each: x ascending, mean, lowest, highest.
       theme: colours.
@@ -162,7 +165,8 @@ def learning(
         for name, (x, mean, low, high) in cell.items():
             colour = lines.colour(name, theme)
             marker = lines.marker(name) if len(x) <= 12 else None
-            axes[place].fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            if len(cell) <= MOST_SHADED:
+                axes[place].fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             dashes = "--" if (place, name) in lacking else "-"
             axes[place].plot(x, mean, dashes, color=colour, linewidth=1.4, marker=marker, markersize=3.5)
     few = any(len(curve[0]) <= 12 for cell in panels.cells.values() for curve in cell.values())
@@ -288,6 +292,8 @@ def fronts(
         if max(cost.x for cost in costs) > 5 * min(cost.x for cost in costs):
             axes.set_xscale("log")
             _plain_numbers(axes)
+        else:
+            axes.locator_params(axis="x", nbins=4)  # costs may differ in their last digits alone
         for cost in costs:
             colour = theme.lines[1] if cost.in_front else theme.muted
             half = cost.half if math.isfinite(cost.half) else None

@@ -28,12 +28,18 @@ STYLES = {
 STATES = tuple(STYLES)
 LOOK_SECONDS = 1.0
 ROWS = 20
+ERROR_WIDTH = 60  # characters of a line of an error in a table; the report has all of it
 
 
-def summary(sweep: Sweep, found: Sequence[Status]) -> str:
+def summary(sweep: Sweep, found: Sequence[Status], most_running: int = 1) -> str:
     """Says in a line how many trials are where, which is the best so far, and how long the rest takes.
 
     Of a sweep that is halved the last is not said: most of what is left will never be run.
+
+    Args:
+      sweep: whose.
+      found: as of `aaconv.sweep.records.statuses`.
+      most_running: trials that were seen running at a time; one that has just ended leaves its place to the next.
     """
     counts = {state: sum(status.state == state for status in found) for state in STATES}
     parts = [f"{counts['finished']}/{len(found)} finished"]
@@ -41,7 +47,7 @@ def summary(sweep: Sweep, found: Sequence[Status]) -> str:
     best = best_of(sweep, found)
     if best is not None:
         parts.append(f"best {sweep.metric} {spell_metric(sweep.metric, best.values[sweep.metric])} {best.trial.name}")
-    left = None if (sweep.workdir / HALVING).exists() else seconds_left(found)
+    left = None if (sweep.workdir / HALVING).exists() else seconds_left(found, most_running)
     if left is not None:
         parts.append(f"about {duration(left)} left")
     return ", ".join(parts)
@@ -54,8 +60,12 @@ def best_of(sweep: Sweep, found: Sequence[Status]) -> Status | None:
     return max(known, key=lambda status: sign * status.values[sweep.metric], default=None)
 
 
-def seconds_left(found: Sequence[Status]) -> float | None:
-    """Estimates when the sweep ends: what is missing takes as long as what is done, on as many processes as run now.
+def seconds_left(found: Sequence[Status], most_running: int = 1) -> float | None:
+    """Estimates when the sweep ends: what is missing takes as long as what is done, on as many processes.
+
+    Args:
+      found: as of `aaconv.sweep.records.statuses`.
+      most_running: as of `summary`.
 
     Returns:
       Seconds; None where nothing runs, or too little is done to say.
@@ -68,7 +78,7 @@ def seconds_left(found: Sequence[Status]) -> float | None:
     if not running or not done:
         return None
     each = sum(s.seconds for s in known) / done
-    return each * sum(1 - share(s) for s in left) / len(running)
+    return each * sum(1 - share(s) for s in left) / max(len(running), min(most_running, len(left)))
 
 
 def table(sweep: Sweep, found: Sequence[Status], *, rows: int | None = None) -> RenderableType:
@@ -90,7 +100,7 @@ def table(sweep: Sweep, found: Sequence[Status], *, rows: int | None = None) -> 
     for name in ("step", sweep.metric, "time", *(["attempts"] if again else [])):
         grid.add_column(name, justify="right", no_wrap=True)
     if any(status.error for status in found):
-        grid.add_column("error", overflow="ellipsis", no_wrap=True)
+        grid.add_column("error", overflow="ellipsis", no_wrap=True, max_width=ERROR_WIDTH)
     shown = list(found)
     if rows is not None and len(shown) > rows:
         urgency = {
@@ -165,15 +175,18 @@ def _live(sweep: Sweep, stream: IO[str]) -> Iterator[None]:
 def _lines(sweep: Sweep, stream: IO[str]) -> Iterator[None]:
     ended = threading.Event()
     before = {status.trial.name: (status.state, status.attempts) for status in records.statuses(sweep)}
+    most_running = 1
 
     def look() -> None:
+        nonlocal most_running
         found = records.statuses(sweep)
+        most_running = max(most_running, sum(status.state == "running" for status in found))
         for status in found:
             if before[status.trial.name] != (status.state, status.attempts):
                 before[status.trial.name] = (status.state, status.attempts)
                 line = event(sweep, status)
                 if status.state != "running":
-                    line += f"  [{summary(sweep, found)}]"
+                    line += f"  [{summary(sweep, found, most_running)}]"
                 print(line, file=stream, flush=True)
 
     thread = _repeat(look, ended)

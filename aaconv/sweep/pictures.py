@@ -207,11 +207,18 @@ def _against(cells: Sequence[Cell], metric: str, factor: Factor) -> Picture | No
     arrangement = _arranged([other for other in factors(cells) if other.key != factor.key])
     series = len({(arrangement.place(cell), arrangement.name(cell)) for cell in cells}) if arrangement else len(cells)
     joined = factor.is_number
+    title = f"{metric} against {factor.name}"
     if len(cells) < 2 * series or len(names) > MOST_LINES:
-        # Hardly two cells differ in this alone: drawn at random, or once for many keys. Dots say what a line cannot.
-        if not factor.is_number or len(factor.numbers) < 4:
+        alone = _differing_in(factor, cells)
+        if len(alone) > 2 and len(names) <= MOST_LINES:
+            # Varied at one cell of the others: these are a line, which the rest would only hide.
+            title += f" where {cell_name(alone[0], [other for other in factors(cells) if other.key != factor.key])}"
+            cells, arrangement = alone, _Arrangement()
+        elif not factor.is_number or len(factor.numbers) < max(4, len(cells) / 2):
             return None
-        arrangement, joined = _Arrangement(), False
+        else:
+            # Hardly two cells differ in this alone: drawn at random. Dots say what a line cannot.
+            arrangement, joined = _Arrangement(), False
     assert arrangement is not None
     at = lambda cell: names.index(factor.spell(cell)) if names else cell.values[factor.key]
     contents: dict[tuple[str, str], dict[str, list[Any]]] = {}
@@ -224,7 +231,7 @@ def _against(cells: Sequence[Cell], metric: str, factor: Factor) -> Picture | No
     many = any(len(cell.results) > 1 for cell in cells)
     return Picture(
         f"{file_name(metric)}_against_{file_name(factor.key)}",
-        f"{metric} against {factor.name}",
+        title,
         _explained(many, "Line: mean over seeds" if joined else "Mark: mean over seeds") + _lacking(cells, "Hollow"),
         partial(
             sweeps.against,
@@ -237,6 +244,15 @@ def _against(cells: Sequence[Cell], metric: str, factor: Factor) -> Picture | No
             bounds=_bounds(metric),
         ),
     )
+
+
+def _differing_in(factor: Factor, cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the most cells that differ in one factor alone, the first such of equals."""
+    others = [other for other in factors(cells) if other.key != factor.key]
+    alike: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(tuple(other.spell(cell) for other in others), []).append(cell)
+    return max(alike.values(), key=len)
 
 
 def _explained(many: bool, start: str) -> str:
@@ -382,15 +398,12 @@ def _while_training(
     if len(contents) < FEWEST_FILLED * _number_of_panels(arrangement):
         return None
     many = any(len(cell.results) > 1 for cell in known)
+    few = any(len(panel) <= sweeps.MOST_SHADED for panel in contents.values())
+    shade = "; shade: from the lowest to the highest seed" if few else ""
     return Picture(
         f"{file_name(metric)}_while_training",
         f"{metric} while training",
-        (
-            "Line: mean over seeds; shade: from the lowest to the highest seed."
-            if many
-            else "A line a cell, of one seed."
-        )
-        + _lacking(known, "Dashed"),
+        (f"Line: mean over seeds{shade}." if many else "A line a cell, of one seed.") + _lacking(known, "Dashed"),
         partial(
             sweeps.learning,
             _panels(arrangement, contents),

@@ -144,8 +144,7 @@ def opened(
     Raises:
       ValueError: the workdir holds something else, or trials of another config, or somebody runs another description.
     """
-    if (workdir / "checkpoints").exists():
-        raise ValueError(f"{workdir} is the workdir of a single run: name another --workdir for the sweep")
+    _refuse_single_run(workdir)
     with (workdir / ".sweep.lock").open("a") as file:
         sweep, written = None, {}
         if flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -165,6 +164,19 @@ def opened(
                 )
             note(f"another process is running this sweep in {workdir}: the trials are shared with it")
         yield sweep
+
+
+def checked(
+    workdir: Path, base: Config, trials: Sequence[Trial], note: Callable[[str], None] = lambda text: None
+) -> Sweep:
+    """Returns the sweep that `opened` would give, and writes nothing; arguments and errors as there."""
+    _refuse_single_run(workdir)
+    return _merged(workdir, base, trials, note)
+
+
+def _refuse_single_run(workdir: Path) -> None:
+    if (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir} is the workdir of a single run: name another --workdir for the sweep")
 
 
 @contextlib.contextmanager

@@ -189,6 +189,8 @@ def best(cells: Sequence[Cell], metric: str) -> str:
     )
     said = f"Best mean: {named(first)}"
     others = [cell for cell in results.compared(cells) if cell is not first]
+    if equal := [cell for cell in others if cell.mean == first.mean]:
+        said += f", and the same mean with {_counted(len(equal), 'other cell')}"
     if math.isnan(first.confidence):
         said += "; one seed, so nothing says how much of it is chance."
     elif others:

@@ -347,6 +347,7 @@ def run(
     parts: Callable[[Sweep], Iterable[Sweep]] | None = None,
     cluster: Callable[..., None] | None = None,
     displayed: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[records.Status]:
     """Runs what is missing of a sweep.
 
@@ -358,6 +359,7 @@ def run(
       parts: gives what is run, one part after another, as `aaconv.sweep.halving.Halving.parts` does; by default all.
       cluster: runs a part elsewhere, as `aaconv.sweep.slurm.Cluster.run` does.
       displayed: shows how it goes while its context lasts.
+      note: gets a line at once when a signal came, for what runs may take a while to stop.
 
     Returns:
       How each trial stands; ``failed`` are those that failed in each attempt.
@@ -367,7 +369,7 @@ def run(
     """
     with train.Signals() as signals:
         try:
-            with displayed(), compiling_once():
+            with displayed(), compiling_once(), _saying_what_stops(signals, note if cluster is None else None):
                 for part in parts(sweep) if parts else [sweep]:
                     since = time.time()  # a failure at an earlier rung is no attempt at this one
                     if cluster is not None:
@@ -384,6 +386,27 @@ def run(
                 f"stopped by {signals.name}: {done} of {len(sweep.trials)} trials are finished, {rest}"
             ) from error
     return records.statuses(sweep)
+
+
+@contextlib.contextmanager
+def _saying_what_stops(signals: train.Signals, note: Callable[[str], None] | None) -> Iterator[None]:
+    ended = threading.Event()
+
+    def wait() -> None:
+        while signals.caught is None:
+            if ended.wait(POLL_SECONDS):
+                return
+        if note is not None:
+            again = "; once more ends it at once" if signals.caught == signal.SIGINT else ""
+            note(f"{signals.name}: what runs is saved first, and what compiles is compiled before that{again}")
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _Workers:

@@ -290,6 +290,16 @@ def test_pictures_are_those_that_the_sweep_makes_sense_of(made_up, config, tmp_p
     assert {picture.name.removeprefix("eval_accuracy_") for picture in found} == names
 
 
+def test_what_varies_at_one_cell_of_the_rest_is_drawn_there_alone(made_up, config, tmp_path):
+    together = ["model.kappa=0.1,0.2,0.4,0.2,0.2", "model.num_heads=4,4,4,1,2"]
+    sweep = made_up(tmp_path, config, ["seed=0:2"], together, lambda o: 0.5)
+    found = {picture.name: picture for picture in pictures.pictures(sweep, cells_of(sweep), "eval/accuracy")}
+    heads = found["eval_accuracy_against_model_num_heads"]
+    assert heads.title == "eval/accuracy against num_heads where kappa=0.2"
+    (axes,) = heads.draw().axes
+    assert [f"{tick:g}" for tick in axes.get_xticks()] == ["1", "2", "4"]
+
+
 @pytest.mark.parametrize("differ", [True, False])
 def test_a_front_needs_costs_that_differ(made_up, config, tmp_path, differ):
     cost = lambda o: int(1e7 * o["model.kappa"]) if differ else 10**6

@@ -108,6 +108,14 @@ def test_another_sweep_in_a_workdir_is_refused_and_nothing_changes(swept, sweep,
     answer = sweep(*LINE, *flags, "--workdir", workdir)
     assert answer.code == cli.WRONG_INPUT and words in answer.err.splitlines()[-1]
     assert ((workdir / "sweep.json").read_text(), attempts(workdir, BAD)) == before
+    dry = sweep(*LINE, *flags, "--workdir", workdir, "--dry-run")
+    assert dry.code == cli.WRONG_INPUT and words in dry.err.splitlines()[-1]
+
+
+def test_a_dry_run_says_how_many_are_finished(swept, sweep):
+    workdir, _ = swept
+    answer = sweep(*LINE, "--workdir", workdir, "--dry-run")
+    assert answer.code == cli.OK and f"1 of 2 are finished in {workdir}" in answer.out
 
 
 def test_the_workdir_of_a_run_is_no_sweeps(swept, sweep):
@@ -460,6 +468,7 @@ def test_two_launchers_share_a_sweep_and_one_is_stopped(long_config, undisturbed
             first.send_signal(signal.SIGTERM)
             _, said = first.communicate(timeout=300)
             assert first.returncode == cli.STOPPED and "the same command goes on" in said, said
+            assert "SIGTERM: what runs is saved first" in said
             _, said = second.communicate(timeout=900)
             assert second.returncode == cli.OK, said
     assert table(tmp_path) == table(undisturbed)
