@@ -398,14 +398,14 @@ def in_the_middle(workdir: Path, trained: int) -> int:
 
 @pytest.mark.slow
 def test_a_worker_and_its_launcher_are_killed_and_two_launchers_end_it_as_an_undisturbed_sweep(config, tmp_path):
-    line = ("--config.num_steps=12", "--zip", "schedule.learning_rate=1e30,0.1,0.1", "--zip", "seed=0,1,2")
+    line = ("--config.num_steps=40", "--zip", "schedule.learning_rate=1e30,0.1,0.1", "--zip", "seed=0,1,2")
     with launch(config, tmp_path / "undisturbed", *line, "--jobs", "1") as process:
         _, said = process.communicate(timeout=900)
     assert process.returncode == cli.TRIAL_FAILED, said
     workdir = tmp_path / "disturbed"
     with launch(config, workdir, *line, "--retries", "1") as process:
         # A worker that a trial has failed in already, so that it could be taken for the one that it died of.
-        name, worker = wait_for(lambda: in_the_middle_after_a_failure(workdir), process)
+        name, worker = wait_for(lambda: held_in_the_middle_after_a_failure(workdir), process)
         os.kill(worker, signal.SIGKILL)
         wait_for(lambda: "its process ended by SIGKILL" in attempts(workdir, name)[0].get("error", ""), process)
         wait_for(lambda: in_the_middle(workdir, 2), process)
@@ -425,8 +425,8 @@ def test_a_worker_and_its_launcher_are_killed_and_two_launchers_end_it_as_an_und
     assert [attempt["outcome"] for attempt in attempts(workdir, name)].count("killed") == 1
 
 
-def in_the_middle_after_a_failure(workdir: Path) -> tuple[str, int] | None:
-    """The name and the process of a trial that has saved a state, whose process has failed in another one before."""
+def held_in_the_middle_after_a_failure(workdir: Path) -> tuple[str, int] | None:
+    """The name and the stopped process of a trial that has saved a state, and that has failed in another one before."""
     if not (workdir / "sweep.json").exists():
         return None
     sweep = records.load(workdir)
@@ -435,7 +435,11 @@ def in_the_middle_after_a_failure(workdir: Path) -> tuple[str, int] | None:
     for status in found:
         if status.state == "running" and status.process in failed:
             if checkpoints.finished_steps(sweep.folder(status.trial)):
-                return status.trial.name, int(status.process.rpartition(":")[2])
+                process = int(status.process.rpartition(":")[2])
+                os.kill(process, signal.SIGSTOP)
+                if "outcome" not in attempts(workdir, status.trial.name)[-1]:
+                    return status.trial.name, process
+                os.kill(process, signal.SIGCONT)  # it has just ended
     return None
 
 
