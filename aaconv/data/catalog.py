@@ -232,7 +232,7 @@ def find(name: str, folder: epath.Path) -> DataFiles:
 
     Args:
       name: ``NAME``, ``NAME:VERSION``, ``NAME/CONFIG`` or ``NAME/CONFIG:VERSION``; without a
-        version the newest prepared one counts.
+        version the newest prepared one counts; of the project's own sets none older than this package makes.
       folder: where prepared data sets lie.
 
     Returns:
@@ -346,7 +346,11 @@ def _versions(folder: epath.Path) -> list[epath.Path]:
     found = [
         path for path in _subfolders(folder) if _VERSION.fullmatch(path.name) and (path / "dataset_info.json").exists()
     ]
-    return sorted(found, key=lambda path: tuple(map(int, path.name.split("."))))
+    return sorted(found, key=lambda path: _numbers(path.name))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def _find_version(name: str, folder: epath.Path) -> epath.Path | None:
@@ -375,6 +379,9 @@ def _find_version(name: str, folder: epath.Path) -> epath.Path | None:
                 f"{have}: name one of those, or run `{prepare_command(name, folder)}`"
             )
         versions = wanted
+    elif (newest := own.VERSIONS.get(name)) is not None:
+        # An older one of the project's own sets is not what its configs mean, and the newest is made in seconds.
+        versions = [path for path in versions if _numbers(path.name) >= _numbers(newest)]
     return versions[-1] if versions else None
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -101,6 +103,21 @@ def test_they_are_prepared_at_first_use_and_hold_what_was_drawn(far_config: Conf
     assert stored is not None
     for image, label, pair in zip(stored["image"], stored["label"], pairs("far", "test"), strict=True):
         assert np.array_equal(image[..., 0], pair.draw(digits.load().images)) and LABELS[label] == pair.label
+
+
+def test_a_version_from_before_is_left_alone_and_read_only_by_its_name(far_config: ConfigDict):
+    config = far_config.copy_and_resolve_references()
+    root = Path(config.data.data_dir)
+    data.prepare("digit_pairs/far", str(root))
+    config.data.data_dir = str(root.parent / "older")
+    older = root.parent / "older/digit_pairs/far/1.0.0"
+    shutil.copytree(root / "digit_pairs/far/2.0.0", older)
+    info = json.loads((older / "dataset_info.json").read_text())
+    (older / "dataset_info.json").write_text(json.dumps(info | {"version": "1.0.0"}))
+    assert data.info(config).name == "digit_pairs/far/2.0.0"
+    assert sorted(path.name for path in older.parent.iterdir()) == ["1.0.0", "2.0.0"]
+    config.data.name = "digit_pairs/far:1.0.0"
+    assert data.info(config).name == "digit_pairs/far/1.0.0"
 
 
 def test_what_is_declared_of_them_is_what_they_hold(far_config: ConfigDict):
