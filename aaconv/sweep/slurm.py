@@ -259,7 +259,8 @@ class Cluster:
                     else:
                         jobs = found
                         if submits:
-                            jobs = self._look(part, self._without_lost(part, jobs))
+                            jobs = self._without_lost(part, jobs)
+                            self._look(part, jobs)
                             jobs += self._submit_missing(part, jobs, running.unsettled(part, retries, since))
                 time.sleep(LOOK_SECONDS)
         numbers = sorted({job.number.partition("_")[0] for job in self._waiting(part, jobs)})
@@ -292,7 +293,7 @@ class Cluster:
             _ask("scancel", *lost)
         return [job for job in jobs if job.number not in lost]
 
-    def _look(self, part: Sweep, jobs: list[Job]) -> list[Job]:
+    def _look(self, part: Sweep, jobs: Sequence[Job]) -> None:
         """Takes note of what is in the queue, and records how those ended that left it with their trials unfinished."""
         there = {job.number: job.trial for job in jobs}
         trials = {trial.name: trial for trial in part.trials}
@@ -309,7 +310,6 @@ class Cluster:
         for job in jobs:
             if job.state == "PENDING" and _never_starts(job.reason):
                 self._say_once(f"job {job.number} ({job.trial}) cannot start: {job.reason}; see `scontrol show job`")
-        return jobs
 
     def _bury(self, part: Sweep, trial: Trial, number: str) -> None:
         """Records at a trial how its job ended, unless the job has done so itself."""

@@ -99,15 +99,21 @@ def test_two_trials_and_the_launcher_killed_give_the_table_of_an_undisturbed_swe
     finish(slurm.environment, *line, "--workdir", tmp_path / "undisturbed")
     workdir = tmp_path / "slurm sweep"
     with launch(slurm.environment, *line, "--workdir", workdir, "--slurm", "--retries", "1") as launcher:
-        cancelled = catch(workdir, launcher)
-        slurm.call("scancel", job_of(workdir, cancelled))
-        killed = catch(workdir, launcher, but=cancelled)
-        os.kill(process_of(killed), signal.SIGKILL)
+        cancelled, killed = cancel_and_kill(slurm, workdir, launcher)
         wait_for(lambda: len(list(workdir.glob("slurm/*_submitted.pkl"))) == 5, launcher)
         launcher.kill()
     finish(slurm.environment, *line, "--workdir", workdir, "--slurm")
     check_disturbed(workdir, tmp_path / "undisturbed", cancelled, killed)
     assert len(submitted(workdir)) == 5
+
+
+def cancel_and_kill(slurm, workdir: Path, launcher: subprocess.Popen[str]) -> tuple[records.Status, records.Status]:
+    """Cancels the job of a trial in its middle, and kills the process of another."""
+    cancelled = catch(workdir, launcher)
+    slurm.call("scancel", job_of(workdir, cancelled))
+    killed = catch(workdir, launcher, but=cancelled)
+    os.kill(process_of(killed), signal.SIGKILL)
+    return cancelled, killed
 
 
 def catch(workdir: Path, launcher: subprocess.Popen[str], but: records.Status | None = None) -> records.Status:
@@ -149,10 +155,7 @@ def test_sixteen_trials_two_and_the_launcher_killed_give_the_table_of_an_undistu
     line = ("--config", long_config, "--grid", "schedule.learning_rate=0.05,0.1", "--grid", "seed=0:8")
     workdir = tmp_path / "slurm sweep"
     with launch(slurm.environment, *line, "--workdir", workdir, "--slurm", "--retries", "1") as launcher:
-        cancelled = catch(workdir, launcher)
-        slurm.call("scancel", job_of(workdir, cancelled))
-        killed = catch(workdir, launcher, but=cancelled)
-        os.kill(process_of(killed), signal.SIGKILL)
+        cancelled, killed = cancel_and_kill(slurm, workdir, launcher)
         wait_for(lambda: len(list(workdir.glob("slurm/*_submitted.pkl"))) == 18, launcher)
         wait_for(lambda: saved_and_running(workdir), launcher)
         launcher.kill()
