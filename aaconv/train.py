@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from aaconv import checkpoints, hosts, metrics, models, optim, parallel, watch, workdirs
 from aaconv.config import ConfigDict, default_config
+from aaconv.errors import close_matches
 from aaconv.models.summary import summarise
 from aaconv.watch import Doing
 
@@ -294,6 +295,16 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     return models.create(config.model.name, num_classes=num_classes, dtype=jnp.dtype(config.dtype), **overrides)
 
 
+def check_best_metric(config: ConfigDict) -> None:
+    """Raises a ValueError where ``checkpoint.best_metric`` is neither "" nor one that an evaluation gives."""
+    best = config.checkpoint.best_metric
+    if best and best not in EVAL_METRICS:
+        near = close_matches(best, EVAL_METRICS) or ";"
+        raise ValueError(
+            f"checkpoint.best_metric={best!r} is not one of {', '.join(EVAL_METRICS)}{near} '' keeps only the last"
+        )
+
+
 def build(
     config: ConfigDict, model: nn.Module | None, data: Any, *, training: bool, devices: Sequence[Any] | None = None
 ) -> Run:
@@ -313,11 +324,7 @@ def build(
         from aaconv import data
     mesh = parallel.configured_mesh(config.mesh, devices) if training else _evaluation_mesh(config)
     parallel.check_batch("eval_batch_size", config.eval_batch_size, mesh)
-    best = config.checkpoint.best_metric
-    if best and best not in EVAL_METRICS:
-        raise ValueError(
-            f"checkpoint.best_metric={best!r} is not one of {', '.join(EVAL_METRICS)}; '' keeps only the last"
-        )
+    check_best_metric(config)
     info = data.info(config)
     parallel.check_rows(info.image_shape[0], mesh)
     # A mesh of devices that are not here is only compiled for.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aaconv import config as config_lib
-from aaconv.errors import close_matches
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -228,9 +227,11 @@ def describe(
       ValueError: there are no cells, two are the same trial, a data set is not prepared, or ``checkpoint.best_metric``,
         which trials are ranked by, is none.
     """
+    from aaconv import train
+
     if not cells:
         raise ValueError("the sweep is empty: let sweep(add) call add() once a trial, or give --grid KEY=VALUES")
-    _check_best_metric(base)
+    train.check_best_metric(base)
     checker = _Checker(need_data, check_devices)
     trials: list[Trial] = []
     invalid: list[Invalid] = []
@@ -337,7 +338,7 @@ class _Checker:
         from aaconv import optim, parallel, train
         from aaconv.models.summary import summarise
 
-        _check_best_metric(config)
+        train.check_best_metric(config)
         key = config.data.to_json_best_effort()
         if key not in self._infos:
             self._infos[key] = self._info(config)
@@ -403,15 +404,6 @@ def least_memory(config: ConfigDict, found: Any, plan: Any, mesh: Mesh) -> int:
     maps = sum(layer.map_bytes for layer in found.attention if layer.choice.implementation in STORING)
     images = -(-config.batch_size // (config.accumulate_steps * parallel.batch_devices(mesh)))
     return weights + images * -(-(outputs + maps) // mesh.shape[parallel.SPATIAL])
-
-
-def _check_best_metric(config: ConfigDict) -> None:
-    from aaconv.train import EVAL_METRICS
-
-    metric = config.checkpoint.best_metric
-    if metric and metric not in EVAL_METRICS:
-        near = close_matches(metric, EVAL_METRICS) or f": it is one of {', '.join(EVAL_METRICS)}"
-        raise ValueError(f"checkpoint.best_metric={metric!r} is not measured by an evaluation{near}")
 
 
 def _mesh_elsewhere(config_mesh: Mapping[str, Any]) -> Mesh:

@@ -87,6 +87,10 @@ class Sweep:
         base = dict(config_lib.items(self.base))
         return {key: trial.overrides.get(key, base[key]) for key in self.columns()}
 
+    def cell(self, trial: Trial) -> dict[str, Any]:
+        """Returns a trial's `values` without the seed: those that it shares with the trials of its cell."""
+        return {key: value for key, value in self.values(trial).items() if key != "seed"}
+
 
 def local(workdir: str | os.PathLike[str]) -> Path:
     """Returns the absolute path of a sweep's workdir.

@@ -239,12 +239,8 @@ def by_cell(sweep: Sweep) -> dict[str, list[Trial]]:
     """
     found: dict[str, list[Trial]] = {}
     for trial in sweep.trials:
-        found.setdefault(trial_name(_values_but_seed(sweep, trial)), []).append(trial)
+        found.setdefault(trial_name(sweep.cell(trial)), []).append(trial)
     return found
-
-
-def _values_but_seed(sweep: Sweep, trial: Trial) -> dict[str, Any]:
-    return {key: value for key, value in sweep.values(trial).items() if key != "seed"}
 
 
 def t_quantile(degrees_of_freedom: int) -> float:
@@ -285,7 +281,7 @@ def cells(sweep: Sweep, found: Sequence[Status], good: Sequence[Status], metric:
             known = tuple(trial for trial in trials if metric in values_of.get(trial.name, {}))
             results = tuple(values_of[trial.name][metric] for trial in known)
             missing = tuple(trial for trial in trials if trial not in known)
-            made.append(Cell(_values_but_seed(sweep, trials[0]), known, results, missing))
+            made.append(Cell(sweep.cell(trials[0]), known, results, missing))
     return made
 
 

@@ -124,7 +124,6 @@ def _send(sweep: Sweep, status: Status, project: str, entity: str | None) -> tup
     import wandb  # pyright: ignore[reportMissingImports]
 
     trial, folder = status.trial, sweep.folder(status.trial)
-    cell = {key: value for key, value in sweep.values(trial).items() if key != "seed"}
     # From what it is and when it ran: sent twice, as by two people, it is one run there.
     began = records.read_json(folder / TRIAL)["attempts"][0]["started"]
     identity = hashlib.sha256(f"{sweep.identity(trial)} {began}".encode()).hexdigest()[:16]
@@ -133,7 +132,7 @@ def _send(sweep: Sweep, status: Status, project: str, entity: str | None) -> tup
         entity=entity,
         name=trial.name,
         id=identity,
-        group=", ".join(f"{short_key(key)}={spell(value)}" for key, value in cell.items()) or None,
+        group=", ".join(f"{short_key(key)}={spell(value)}" for key, value in sweep.cell(trial).items()) or None,
         config=sweep.config(trial).to_dict(),
         dir=str(sweep.workdir),
         settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),

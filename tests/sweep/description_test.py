@@ -205,6 +205,9 @@ def test_memory_is_that_of_one_device_of_the_mesh(config):
 @pytest.mark.parametrize("flags", [["--config.checkpoint.best_metric=eval/acuracy"], ["--grid", BAD_METRIC]])
 def test_an_unknown_metric_to_rank_by_is_found_before_anything_runs(sweep, tmp_path, flags):
     answer = sweep("--config", "CONFIG", "--workdir", tmp_path, *flags)
-    words = "checkpoint.best_metric='eval/acuracy' is not measured by an evaluation; did you mean 'eval/accuracy'"
+    words = (
+        "checkpoint.best_metric='eval/acuracy' is not one of eval/accuracy, eval/top5, eval/loss; "
+        "did you mean 'eval/accuracy'"
+    )
     assert answer.code == cli.WRONG_INPUT and words in answer.err
     assert not (tmp_path / "trials").exists()
